@@ -1,0 +1,36 @@
+# `make demo` and `make test` need Linux, Python 3.11 or newer, pip, make and gcc; they install the rest into .venv.
+SHELL := /bin/bash
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+STORAGE ?= ppc-storage
+
+.PHONY: setup demo test test-fast check bench clean
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[ray,mlflow,timm,dev]" --constraint constraints.txt
+	touch $@
+
+demo: setup ## generate the data, run the study of K, print its table
+	$(BIN)/ppc study launch experiments/scenes_k.yaml --storage $(STORAGE) --max-concurrent 2
+
+test: setup check ## everything: linters, then all tests
+	$(BIN)/python -m pytest
+
+test-fast: setup ## without the tests that start Ray or take long
+	$(BIN)/python -m pytest -m "not ray and not slow"
+
+check: setup ## ruff, mypy, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: setup ## CPU rows of bench/RESULTS.md
+	$(BIN)/python -m bench
+
+clean:
+	rm -rf $(VENV) build *.egg-info
