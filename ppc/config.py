@@ -1,0 +1,289 @@
+"""Every field of a trial and of a study, once: type, unit, default and source.
+
+A trial's sections fall in two kinds. `runtime` says how a trial is run (workers, GPUs, threads) and never decides a
+number; it is left out of every content key. All other sections decide numbers and are part of the keys.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+Fraction = float
+STAGE_NAMES = ("train_cam", "make_seeds", "refine_crf", "evaluate")
+
+
+class Section(BaseModel):
+    """A frozen section: unknown keys are errors, defaults are validated too."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
+
+
+class ScenesConfig(Section):
+    """The built-in generated dataset (used when `data.name` is `scenes`)."""
+
+    num_classes: int = Field(5, ge=1, le=12, description="foreground classes")
+    num_train: int = Field(240, ge=2, description="images of split train")
+    num_val: int = Field(60, ge=0, description="images of split val")
+    image_px: int = Field(112, ge=32, le=512, description="longer side of an image, pixels")
+    seed: int = Field(0, ge=0, description="seed of the generator; not the trial's seed")
+
+
+class DataConfig(Section):
+    """Which images, labels and splits. Paths do not enter a key: the fingerprint of the contents does."""
+
+    name: Literal["scenes", "voc"] = Field(
+        "scenes", description="dataset layout: built-in generated scenes, or a VOC root"
+    )
+    root: str | None = Field(None, description="folder of the dataset; scenes: made under the storage root when null")
+    labels: Literal["auto", "cls_labels", "xml", "masks"] = Field(
+        "auto", description="source of the image-level labels; auto takes the first that exists, in this order"
+    )
+    train_split: str = Field("train", description="split whose images and tags train the CAM")
+    scenes: ScenesConfig = Field(default_factory=ScenesConfig)
+
+
+class BackboneConfig(Section):
+    """The feature extractor (METHOD 2)."""
+
+    name: str = Field("tiny", description="a name of BACKBONES, or timm:MODEL")
+    output_stride: Literal[8, 16] = Field(8, description="input pixels a feature pixel, per axis")
+    weights: str | None = Field(None, description="file of pretrained weights; null: random. Its sha256 enters the key")
+    normalisation: Literal["auto", "imagenet", "half", "caffe_bgr", "unit"] = Field(
+        "auto", description="input normalisation; auto: the backbone's own"
+    )
+
+
+class MethodConfig(Section):
+    """The baseline and the weights of its terms (METHOD 3, 4)."""
+
+    name: Literal["cam", "seam"] = Field("seam", description="baseline: plain CAM, or SEAM with its PCM")
+    cls_weight: float = Field(1.0, ge=0, description="classification loss")
+    min_pool_weight: float = Field(1.0, ge=0, description="SEAM min-pooling loss (only in its code)")
+    er_weight: float = Field(1.0, ge=0, description="SEAM equivariant regularisation")
+    ecr_weight: float = Field(1.0, ge=0, description="SEAM equivariant cross regularisation")
+    dropout: Fraction = Field(0.5, ge=0, lt=1, description="channel dropout before the CAM layer")
+
+
+OFFICIAL: dict[str, Any] = {
+    "prototype_pixels": "all", "absent_classes": "keep", "bg_prototype_weight": "constant", "map_norm": "minmax",
+    "negatives": "ranks", "hard_pixels": "official", "intra_mean": "class", "view_reduction": "mean",
+}  # fmt: skip
+PAPER: dict[str, Any] = {
+    "prototype_pixels": "assigned", "absent_classes": "drop", "bg_prototype_weight": "one_minus_fg", "map_norm": "max",
+    "negatives": "random_half", "hard_pixels": "paper", "intra_mean": "pixel", "view_reduction": "sum",
+}  # fmt: skip
+PRESETS = {"official": OFFICIAL, "paper": PAPER}
+
+
+class ContrastConfig(Section):
+    """Pixel-to-prototype contrast (METHOD 6). Defaults: what the official code does; `preset: paper` is METHOD 6.7."""
+
+    preset: Literal["official", "paper"] = Field("official", description="fills the fields below that are not given")
+    prototype_top_k: int = Field(32, ge=0, description="K: CAM pixels a prototype, of the whole batch; 0: no contrast")
+    temperature: float = Field(0.1, gt=0, description="tau of the softmax over prototypes")
+    cross_prototype_weight: float = Field(0.1, ge=0, description="alpha of the cross-prototype term")
+    cross_cam_weight: float = Field(0.1, ge=0, description="alpha of the cross-CAM term")
+    intra_view_weight: float = Field(0.1, ge=0, description="beta of the intra-view term")
+    projector_dim: int = Field(128, ge=1, description="D: channels of the projected features")
+    bg_score: Fraction = Field(0.2, gt=0, lt=1, description="background score of the pseudo labels")
+    map_source: Literal["refined", "cam"] = Field(
+        "refined", description="map that labels and weighs pixels: PCM-refined (official), or the CAM; cam has no PCM"
+    )
+    map_norm: Literal["minmax", "max"] = Field(
+        "minmax", description="6.6 #4: min-max with negatives, or over the maximum"
+    )
+    tie_rule: Literal["first_index", "random"] = Field("first_index", description="6.3: who wins a tied top-K")
+    prototype_pixels: Literal["all", "assigned"] = Field("all", description="6.6 #1: candidates of a class's top-K")
+    prototype_features: Literal["raw", "unit"] = Field("raw", description="6.6 #6: features averaged into a prototype")
+    bg_prototype_weight: Literal["constant", "one_minus_fg"] = Field("constant", description="6.6 #3")
+    absent_classes: Literal["keep", "drop"] = Field("keep", description="6.6 #2: silent classes in the denominators")
+    negatives: Literal["all", "ranks", "random_half"] = Field("ranks", description="6.6 #8: semi-hard prototype mining")
+    negative_rank_from: Fraction = Field(3 / 21, ge=0, le=1, description="first rank kept, as a share of the classes")
+    negative_rank_to: Fraction = Field(
+        13 / 21, ge=0, le=1, description="end of the ranks kept, as a share of the classes"
+    )
+    negative_pool: Fraction = Field(0.6, gt=0, le=1, description="random_half: hardest share of the negatives")
+    negative_sample: Fraction = Field(0.5, gt=0, le=1, description="random_half: share of the pool that is drawn")
+    hard_pixels: Literal["all", "official", "paper"] = Field("official", description="6.6 #9: hard pixel sampling")
+    hard_pool: Fraction = Field(
+        0.6, gt=0, le=1, description="official: hardest share of a class's pixels that can be drawn"
+    )
+    intra_mean: Literal["class", "pixel"] = Field("class", description="6.6 #10: mean over classes, or over all pixels")
+    view_reduction: Literal["mean", "sum"] = Field("mean", description="6.6 #7: the two views' terms")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") in list(PRESETS):  # a list: it may be unhashable
+            return {**PRESETS[values["preset"]], **values}
+        return values
+
+    @property
+    def active(self) -> bool:
+        """Whether any contrast term takes part."""
+        weights = (self.cross_prototype_weight, self.cross_cam_weight, self.intra_view_weight)
+        return self.prototype_top_k > 0 and any(w > 0 for w in weights)
+
+
+class ViewsConfig(Section):
+    """The target view: a transformed copy of the source view (METHOD 1.1, Table 7)."""
+
+    target_px: int | None = Field(128, ge=16, description="side of the target view, pixels; null: not rescaled")
+    flip: bool = Field(False, description="the target view is mirrored, p = 0.5")
+    rotate_deg: float = Field(0.0, ge=0, le=180, description="rotation drawn from [-r, r]; paper: 20")
+    translate_px: int = Field(0, ge=0, description="shift drawn from [-t, t] on both axes, pixels of the target view")
+
+
+class TrainConfig(Section):
+    """Optimisation of the CAM net (METHOD 1.2)."""
+
+    epochs: int = Field(8, ge=1)
+    batch_size: int = Field(8, ge=1, description="images of the global batch, over all workers")
+    crop_px: int = Field(448, ge=32)
+    resize_long_px: tuple[int, int] = Field(
+        (448, 768), description="range of the long side, pixels, both ends included"
+    )
+    color_jitter: bool = True
+    learning_rate: float = Field(0.01, gt=0, description="of backbone weights; new layers 10 times, biases twice")
+    new_layer_lr_mult: float = Field(10.0, gt=0)
+    bias_lr_mult: float = Field(2.0, gt=0)
+    weight_decay: float = Field(5e-4, ge=0)
+    momentum: Literal["official"] | float = Field(
+        "official", description="official: the official code's effective value, which is its weight_decay (METHOD 1.2)"
+    )
+    poly_power: float = Field(0.9, ge=0)
+    precision: Literal["fp32", "bf16"] = "fp32"
+
+    @field_validator("momentum")
+    @classmethod
+    def _momentum_range(cls, value: Any) -> Any:
+        if value != "official" and not 0 <= value < 1:
+            raise ValueError("momentum is `official` or a number in [0, 1)")
+        return value
+
+    @field_validator("resize_long_px")
+    @classmethod
+    def _ordered(cls, value: tuple[int, int]) -> tuple[int, int]:
+        if not 16 <= value[0] <= value[1]:
+            raise ValueError(f"expected 16 <= low <= high, got {value}")
+        return value
+
+
+class SeedsConfig(Section):
+    """CAM inference, the background-score curve and the protocol that picks the score (METHOD 3, 4.3, 12)."""
+
+    splits: tuple[str, ...] = Field(
+        ("train",), min_length=1, description="splits that get seeds, each scored on its own"
+    )
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.5, 1.0, 1.5, 2.0), min_length=1, description="input scales, each with its mirror"
+    )
+    protocol: Literal["fixed", "best_on_train", "val_subset"] = Field(
+        "best_on_train",
+        description="who picks the background score: nobody; the masks of the first split; the masks of a drawn subset",
+    )
+    bg_score: Fraction = Field(0.26, ge=0, lt=1, description="the score of protocol fixed")
+    val_subset_split: str = Field("val", description="split of protocol val_subset")
+    val_subset_images: int = Field(50, ge=1, description="images drawn for protocol val_subset")
+    absent_classes: Literal["zero", "skip"] = Field("zero", description="IoU of a class in neither masks nor seeds")
+    overlays: int = Field(4, ge=0, description="images of the first split whose CAM is drawn")
+
+
+class CrfConfig(Section):
+    """Dense CRF on the seeds (METHOD 6.5, 9)."""
+
+    @field_validator("bg_score")
+    @classmethod
+    def _score_range(cls, value: Any) -> Any:
+        if value != "seed" and not 0 <= value < 1:
+            raise ValueError("bg_score is `seed` or a number in [0, 1)")
+        return value
+
+    preset: str = Field("ppc_seed", description="a name of crf.PRESETS")
+    bg_score: Literal["seed"] | float = Field(
+        "seed", description="score of the label map it starts from; seed: as chosen"
+    )
+
+
+class RuntimeConfig(Section):
+    """How a trial is run. Never part of a key: the numbers do not depend on it."""
+
+    workers: int = Field(1, ge=1, description="training processes of a trial")
+    cpus_per_worker: float = Field(1, gt=0)
+    gpus_per_worker: float = Field(0, ge=0, description="a fraction shares a GPU between trials")
+    loader_workers: int = Field(0, ge=0, description="data loading processes a training worker")
+    engine: Literal["auto", "task", "train"] = Field(
+        "auto", description="train: Ray Train; task: one Ray task; auto: train for GPUs or several workers"
+    )
+    checkpoint_every_epochs: int = Field(1, ge=1)
+    log_every_steps: int = Field(10, ge=1)
+    images_per_task: int = Field(16, ge=1, description="images of one Ray task of a per-image stage")
+    max_failures: int = Field(2, ge=0, description="times a dead worker is started again from its checkpoint")
+    resource_wait_s: float = Field(60, ge=0, description="how long a trial waits for resources the cluster has not got")
+
+
+class TrialConfig(Section):
+    """One configuration with one seed: everything that decides a result, and how to run it."""
+
+    seed: int = Field(0, ge=0, description="seed of initialisation, order, augmentation, dropout and draws")
+    stages: tuple[str, ...] = Field(STAGE_NAMES, min_length=1, description="stages in order")
+    data: DataConfig = Field(default_factory=DataConfig)
+    backbone: BackboneConfig = Field(default_factory=BackboneConfig)
+    method: MethodConfig = Field(default_factory=MethodConfig)
+    contrast: ContrastConfig = Field(default_factory=ContrastConfig)
+    views: ViewsConfig = Field(default_factory=ViewsConfig)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    seeds: SeedsConfig = Field(default_factory=SeedsConfig)
+    crf: CrfConfig = Field(default_factory=CrfConfig)
+    runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
+
+    def decisive(self, section: str) -> Any:
+        """What of a section decides results, as plain data; the rest of the config does not enter a key."""
+        if section == "seed":
+            return self.seed
+        data = getattr(self, section).model_dump(mode="json")
+        if section == "contrast":
+            data.pop("preset")
+            if not self.contrast.active:
+                return {"active": False}
+        if section == "data":
+            return {"train_split": data["train_split"]}  # the contents are in the fingerprint
+        if section == "backbone":
+            data.pop("weights")  # its sha256 is in the fingerprint
+        return data
+
+
+class Variant(Section):
+    """A named row of a `list`, `ladder` or `leave_one_out` design."""
+
+    name: str = Field(min_length=1)
+    set: dict[str, Any] = Field(default_factory=dict, description="dotted field -> value")
+
+
+class DesignConfig(Section):
+    """How a study's variants come from its base trial."""
+
+    kind: Literal["grid", "one_factor", "leave_one_out", "ladder", "list"]
+    axes: dict[str, list[Any]] = Field(default_factory=dict, description="grid, one_factor: dotted field -> values")
+    variants: list[Variant] = Field(
+        default_factory=list, description="list, ladder (steps), leave_one_out (components)"
+    )
+    exclude: list[dict[str, Any]] = Field(default_factory=list, description="variants whose fields match are left out")
+    baseline: str | dict[str, Any] | None = Field(
+        None, description="the variant others are compared with: its name, or the fields that pick it"
+    )
+
+
+class StudyConfig(Section):
+    """Variants x seeds: one ablation table."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    note: str = ""
+    base: dict[str, Any] = Field(default_factory=dict, description="fields of TrialConfig that all trials share")
+    design: DesignConfig
+    trial_seeds: list[int] = Field(default=[0], min_length=1, description="seeds of every variant")
+    metric: str = Field("mask_miou_train", description="the metric that decides")
+    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as fit the cluster")
+    tiny: dict[str, Any] = Field(default_factory=dict, description="dotted fields that --tiny sets beside its own")
