@@ -1,0 +1,38 @@
+"""Data sets in the VOC layout, real or generated; their checks, transforms and training batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from ppc.data.labels import DataError
+from ppc.data.scenes import make_scenes
+from ppc.data.voc import VocLayout
+
+__all__ = ["DATASETS", "DataError", "VocLayout", "open_dataset"]
+
+
+def open_voc(root: Path, labels: str, scenes: Mapping[str, int]) -> VocLayout:
+    """A folder in the VOC 2012 layout."""
+    return VocLayout(root, labels=labels)
+
+
+def open_scenes(root: Path, labels: str, scenes: Mapping[str, int]) -> VocLayout:
+    """The built-in generated data set, made on first use."""
+    make_scenes(root, **scenes)
+    return VocLayout(root, labels=labels)
+
+
+DATASETS: dict[str, Callable[[Path, str, Mapping[str, int]], VocLayout]] = {
+    "voc": open_voc,
+    "scenes": open_scenes,
+}
+
+
+def open_dataset(
+    name: str, root: str | Path, *, labels: str = "auto", scenes: Mapping[str, int] | None = None
+) -> VocLayout:
+    """Open a data set of `DATASETS`; `scenes` holds the parameters of `make_scenes`. Raises ValueError."""
+    if name not in DATASETS:
+        raise ValueError(f"data.name: `{name}` is none of {', '.join(DATASETS)}")
+    return DATASETS[name](Path(root), labels, scenes or {})

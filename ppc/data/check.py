@@ -1,0 +1,134 @@
+"""What is missing or broken in a data set, file by file; and the fingerprint of its contents."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ppc.data.labels import DataError
+from ppc.data.voc import IGNORE, VocLayout
+
+THREADS = 8
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One thing to repair: the file, what is wrong with it, and how to put it right."""
+
+    path: str
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.what}; {self.remedy}"
+
+
+def check_dataset(layout: VocLayout, splits: Iterable[str], *, with_saliency: bool = False) -> list[Problem]:
+    """Decode every listed file and compare what belongs together; every problem once, in the order of the lists.
+
+    Saliency maps are read wherever they are there; `with_saliency` makes a missing one a problem.
+    """
+    found: list[Problem] = []
+    lists: dict[str, list[str]] = {}
+    for split in splits:
+        try:
+            lists[split] = layout.ids(split)
+        except DataError as error:
+            found.append(_problem(error))
+    found += _check_lists(layout, lists)
+    items = [(split, image_id) for split, ids in lists.items() for image_id in dict.fromkeys(ids)]
+
+    def check(item: tuple[str, str]) -> list[Problem]:
+        return list(_check_image(layout, *item, with_saliency=with_saliency))
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for problems in pool.map(check, items):
+            found += problems
+    return list(dict.fromkeys(found))
+
+
+def _problem(error: DataError) -> Problem:
+    return Problem(error.path, error.what, error.remedy)
+
+
+def _list_path(layout: VocLayout, split: str) -> str:
+    return str(layout.root / "ImageSets/Segmentation" / f"{split}.txt")
+
+
+def _check_lists(layout: VocLayout, lists: dict[str, list[str]]) -> Iterator[Problem]:
+    for split, ids in lists.items():
+        for image_id, times in Counter(ids).items():
+            if times > 1:
+                yield Problem(_list_path(layout, split), f"{image_id} is listed {times} times", "list every id once")
+    val = set(lists.get("val", []))
+    for split in sorted(lists.keys() - {"val", "trainval"}):
+        for image_id in sorted(val.intersection(lists[split])):
+            what = f"{image_id} is in {split} and in val"
+            yield Problem(_list_path(layout, split), what, "take it off one list, or the score on val is not honest")
+
+
+def _check_image(layout: VocLayout, split: str, image_id: str, *, with_saliency: bool) -> Iterator[Problem]:
+    try:
+        layout.image(image_id)
+    except DataError as error:
+        yield _problem(error)
+    present: set[str] | None = None
+    try:
+        mask_HW = layout.mask(image_id, split=split)
+        present = {layout.class_names[v - 1] for v in np.unique(mask_HW).tolist() if v not in (0, IGNORE)}
+    except DataError as error:
+        yield _problem(error)
+    try:
+        tags_K = layout.image_label(image_id, split=split)
+        tagged = {name for name, tag in zip(layout.class_names, tags_K, strict=True) if tag}
+        if present is not None and tagged != present:
+            what = f"the mask shows {_names(present)} but {image_id} is tagged {_names(tagged)}"
+            path = str(layout.mask_path(image_id, split=split))
+            yield Problem(path, what, f"correct the mask or the label ({layout.label_source})")
+    except DataError as error:
+        yield _problem(error)
+    try:
+        layout.saliency(image_id)
+    except DataError as error:
+        if with_saliency or error.what != "missing":
+            yield _problem(error)
+
+
+def _names(classes: set[str]) -> str:
+    return ", ".join(sorted(classes)) or "nothing"
+
+
+def fingerprint(layout: VocLayout, splits: Iterable[str], *, with_masks: bool, with_saliency: bool) -> str:
+    """sha256 over class names, lists, image-level labels and the bytes of every listed file.
+
+    The same for a copy elsewhere; changes with any byte. Raises DataError if a file is missing.
+    """
+    lists = {split: layout.ids(split) for split in sorted(set(splits))}
+
+    def digest(item: tuple[str, str]) -> str:
+        split, image_id = item
+        paths = [layout.image_path(image_id)]
+        if with_masks:
+            paths.append(layout.mask_path(image_id, split=split))
+        if with_saliency:
+            paths.append(layout.saliency_path(image_id))
+        label = layout.image_label(image_id, split=split).tolist()
+        return json.dumps([split, image_id, label, [_file_sha(path) for path in paths]])
+
+    whole = hashlib.sha256(json.dumps(layout.class_names).encode())
+    with ThreadPoolExecutor(THREADS) as pool:
+        for line in pool.map(digest, [(split, image_id) for split, ids in lists.items() for image_id in ids]):
+            whole.update(f"\n{line}".encode())
+    return whole.hexdigest()
+
+
+def _file_sha(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

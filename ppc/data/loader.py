@@ -1,0 +1,176 @@
+"""Training batches whose order and augmentation depend on (seed, epoch, sample) alone.
+
+N images of a rank's batch, K foreground classes, H = W = crop_px. Neither the number of workers, nor that of loading
+processes, nor where a run was resumed changes what is in a global batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NotRequired, TypedDict
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ppc.data.transforms import CropBox, augment_cam
+from ppc.data.voc import VocLayout
+from ppc.seeding import derive_rng, derive_seed
+
+Normalise = Callable[[NDArray[np.uint8]], Tensor]
+Address = tuple[int, int]  # (epoch, position in that epoch's order)
+
+
+class Sample(TypedDict):
+    """One augmented image; `sample_seed` is for draws that belong to it: dropout, the target view."""
+
+    image_3HW: Tensor
+    label_K: Tensor
+    id: str
+    sample_seed: int
+    saliency_1HW: NotRequired[Tensor]
+
+
+class Batch(TypedDict):
+    """A rank's part of a global batch: float32 images, labels and saliency in [0, 1], int64 seeds."""
+
+    image_N3HW: Tensor
+    label_NK: Tensor
+    ids: list[str]
+    sample_seed_N: Tensor
+    saliency_N1HW: NotRequired[Tensor]
+
+
+def epoch_order(num_images: int, *, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch: a permutation of the split's images."""
+    order = list(range(num_images))
+    derive_rng("order", seed, epoch).shuffle(order)
+    return order
+
+
+def rank_positions(num_images: int, *, batch_size: int, rank: int, world_size: int) -> list[list[int]]:
+    """Positions of each global batch that fall to a rank; an incomplete last batch is dropped.
+
+    Raises ValueError if the global batch does not divide by the workers, or is larger than the split.
+    """
+    if batch_size % world_size:
+        raise ValueError(
+            f"train.batch_size {batch_size} is the global batch and must be a multiple of runtime.workers {world_size}"
+        )
+    if num_images < batch_size:
+        raise ValueError(
+            f"train.batch_size is {batch_size} but the split has {num_images} images: lower it or add images"
+        )
+    share = batch_size // world_size
+    starts = range(rank * share, num_images - batch_size + rank * share + 1, batch_size)
+    return [list(range(start, start + share)) for start in starts]
+
+
+class CamTrainSet(Dataset[Sample]):
+    """The images of a split, addressed by (epoch, position in that epoch's order)."""
+
+    def __init__(
+        self,
+        layout: VocLayout,
+        split: str,
+        *,
+        crop_px: int,
+        resize_long_px: tuple[int, int],
+        color_jitter: bool,
+        normalise: Normalise,
+        seed: int,
+        with_saliency: bool = False,
+    ) -> None:
+        """`normalise` takes uint8 (H, W, 3) to a float32 tensor (3, H, W), pixel by pixel."""
+        self.layout, self.split, self.seed = layout, split, seed
+        self.crop_px, self.resize_long_px, self.color_jitter = crop_px, resize_long_px, color_jitter
+        self.normalise, self.with_saliency = normalise, with_saliency
+        self.ids = layout.ids(split)
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def id_at(self, epoch: int, position: int) -> str:
+        """The image at a position of an epoch's order."""
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(len(self.ids), seed=self.seed, epoch=epoch))
+        return self.ids[self._order[1][position]]
+
+    def __getitem__(self, address: Address) -> Sample:
+        epoch, position = address
+        image_id = self.id_at(epoch, position)
+        view = augment_cam(
+            self.layout.image(image_id),
+            self.layout.saliency(image_id) if self.with_saliency else None,
+            resize_long_px=self.resize_long_px,
+            crop_px=self.crop_px,
+            color_jitter=self.color_jitter,
+            rng=derive_rng("augment", self.seed, epoch, image_id),
+        )
+        sample: Sample = {
+            "image_3HW": _pad(self.normalise(view.image_HW3), view.box),
+            "label_K": torch.from_numpy(self.layout.image_label(image_id, split=self.split)),
+            "id": image_id,
+            "sample_seed": derive_seed("sample", self.seed, epoch, image_id),
+        }
+        if view.saliency_HW is not None:
+            saliency_1HW = torch.from_numpy(view.saliency_HW.copy())[None].float() / 255
+            sample["saliency_1HW"] = _pad(saliency_1HW, view.box)
+        return sample
+
+
+def _pad(part_XHW: Tensor, box: CropBox) -> Tensor:
+    square = part_XHW.new_zeros(part_XHW.shape[0], box.crop_px, box.crop_px)
+    square[:, box.to_top : box.to_top + box.height, box.to_left : box.to_left + box.width] = part_XHW
+    return square
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples into a batch."""
+    batch: Batch = {
+        "image_N3HW": torch.stack([s["image_3HW"] for s in samples]),
+        "label_NK": torch.stack([s["label_K"] for s in samples]),
+        "ids": [s["id"] for s in samples],
+        "sample_seed_N": torch.tensor([s["sample_seed"] for s in samples], dtype=torch.int64),
+    }
+    if "saliency_1HW" in samples[0]:
+        batch["saliency_N1HW"] = torch.stack([s["saliency_1HW"] for s in samples])
+    return batch
+
+
+class CamLoader:
+    """A rank's batches of any epoch, read by `num_workers` processes (0: in this one)."""
+
+    def __init__(
+        self,
+        dataset: CamTrainSet,
+        *,
+        batch_size: int,
+        rank: int,
+        world_size: int,
+        num_workers: int = 0,
+        pin_memory: bool = False,
+    ) -> None:
+        """`batch_size` is the global one, over all `world_size` ranks. Raises ValueError as `rank_positions`."""
+        self.positions = rank_positions(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
+        self.dataset, self.num_workers, self.pin_memory = dataset, num_workers, pin_memory
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.positions)
+
+    def epoch(self, epoch: int, *, first_batch: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, from `first_batch` on."""
+        addresses = [[(epoch, p) for p in positions] for positions in self.positions[first_batch:]]
+        loader: DataLoader[Batch] = DataLoader(
+            self.dataset,  # type: ignore[arg-type]  # it holds samples, the loader yields batches
+            batch_sampler=addresses,  # any iterable of addresses; the data set takes them
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=self.pin_memory,
+            generator=torch.Generator(),  # or the loader would draw from the global generator
+        )
+        yield from loader
