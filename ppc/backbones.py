@@ -1,0 +1,323 @@
+"""Backbones: nets that give three feature maps, each with its input normalisation.  N images, H W image size.
+
+To add one: a builder that returns `Parts`, and a line in BACKBONES. BatchNorm runs on its stored statistics and is
+never trained (METHOD.md 1.2), so nothing here depends on how a batch is split.
+"""
+
+import difflib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from ppc.resnet38 import ResNet38d
+from ppc.weights import LoadReport, load_weights
+
+
+# --------------------------------------------------------------------------------------------- input normalisation
+@dataclass(frozen=True)
+class Normalisation:
+    """(pixel / scale - mean) / std; mean and std are in the order that the net sees: BGR where `bgr`."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    scale: float
+    bgr: bool
+
+    def apply(self, image_HW3: np.ndarray[Any, Any]) -> Tensor:
+        """RGB image (H, W, 3) with values 0..255 -> float32 (3, H, W)."""
+        assert image_HW3.ndim == 3 and image_HW3.shape[2] == 3, f"expected (H, W, 3), got {image_HW3.shape}"
+        x_HW3 = torch.from_numpy(np.array(image_HW3, dtype=np.float32))
+        if self.bgr:
+            x_HW3 = x_HW3.flip(2)
+        x_HW3 = (x_HW3 / self.scale - torch.tensor(self.mean)) / torch.tensor(self.std)
+        return x_HW3.permute(2, 0, 1).contiguous()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, for a checkpoint or a JSON file."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Normalisation":
+        """Inverse of `to_dict`."""
+        mean, std = (tuple(float(v) for v in values[name]) for name in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3:
+            raise ValueError(f"a normalisation has three means and three stds, got {dict(values)}")
+        return cls(mean, std, float(values["scale"]), bool(values["bgr"]))
+
+
+NORMALISATIONS = {
+    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0, False),
+    "half": Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 255.0, False),
+    "caffe_bgr": Normalisation((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), 1.0, True),
+    "unit": Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 255.0, False),
+}
+
+
+# -------------------------------------------------------------------------------------------------------- backbone
+class Features(NamedTuple):
+    """Two mid-level taps and the final one, all ceil(H/stride) x ceil(W/stride), or one less where a net pads less."""
+
+    conv4: Tensor
+    conv5: Tensor
+    conv6: Tensor
+
+
+class Parts(NamedTuple):
+    """What a builder gives: a net whose forward returns three maps, and what is known of it."""
+
+    net: nn.Module
+    channels: tuple[int, int, int]
+    normalisation: Normalisation
+    frozen: tuple[str, ...]  # prefixes of the parameters that are never trained
+    ignored_weights: tuple[str, ...]  # prefixes of tensors that a weight file may have and this net has not
+
+
+HEADS = ("fc8.", "fc_proj.", "f8_", "f9.")  # our own heads, in a checkpoint of a whole CAM net
+
+
+class Backbone(nn.Module):
+    """A net with its taps, channels, stride and normalisation; BatchNorm frozen, no randomness without a seed."""
+
+    def __init__(self, name: str, parts: Parts, *, output_stride: int, normalisation: Normalisation) -> None:
+        super().__init__()
+        self.name = name
+        self.net = parts.net
+        self.channels = parts.channels
+        self.output_stride = output_stride
+        self.normalisation = normalisation
+        self.ignored_weights = (*parts.ignored_weights, *HEADS)
+        self.report: LoadReport | None = None  # of the pretrained weights, where there are any
+        for parameter_name, parameter in self.net.named_parameters():
+            if parameter_name.startswith(parts.frozen):
+                parameter.requires_grad_(False)
+        for module in self.net.modules():
+            if isinstance(module, _BatchNorm):
+                module.requires_grad_(False)
+        self.train()
+
+    def train(self, mode: bool = True) -> "Backbone":
+        """Training mode for all but BatchNorm, and but the dropouts of other libraries, which use the global RNG."""
+        super().train(mode)
+        for module in self.net.modules():
+            if isinstance(module, _BatchNorm | _DropoutNd) or type(module).__name__ in ("DropPath", "StochasticDepth"):
+                module.eval()
+        return self
+
+    def forward(self, image_N3HW: Tensor) -> Features:
+        """Normalised images to three taps; a tap of another size is brought to the final one's."""
+        conv4, conv5, conv6 = self.net(image_N3HW)
+        size = conv6.shape[2:]
+        conv4, conv5 = (
+            tap if tap.shape[2:] == size else F.interpolate(tap, size, mode="bilinear", align_corners=True)
+            for tap in (conv4, conv5)
+        )
+        return Features(conv4, conv5, conv6)
+
+
+@contextmanager
+def seeded_init(seed: int) -> Iterator[None]:
+    """Inside, layers initialise from `seed`; the CPU's global RNG is afterwards as it was before."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)  # not torch.manual_seed, which would also seed CUDA
+        yield
+
+
+class _Taps(nn.Module):
+    """Consecutive stages of a net, under the names they have in it; the outputs of three of them are the taps."""
+
+    def __init__(self, stages: Mapping[str, nn.Module], taps: tuple[str, str, str], prefix: str = "") -> None:
+        super().__init__()
+        holder = nn.Module() if prefix else self
+        for name, stage in stages.items():
+            holder.add_module(name, stage)
+        if prefix:
+            self.add_module(prefix, holder)
+        self.stage_names, self.taps, self.prefix = tuple(stages), taps, prefix
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        holder = self.get_submodule(self.prefix)
+        outputs = {}
+        for name in self.stage_names:
+            x = outputs[name] = holder.get_submodule(name)(x)
+        return tuple(outputs[name] for name in self.taps)
+
+
+def _dilate(modules: Iterable[nn.Module]) -> None:
+    """Trade each stride 2 along a chain of modules for dilation: same receptive fields, a map as large as before it."""
+    dilation = 1
+    for module in modules:
+        if not isinstance(module, nn.Conv2d | nn.MaxPool2d):
+            continue
+        kernel = module.kernel_size[0] if isinstance(module.kernel_size, tuple) else module.kernel_size
+        strided = module.stride in (2, (2, 2))
+        if kernel > 1:
+            module.dilation, module.padding = (dilation, dilation), (dilation * (kernel // 2),) * 2
+        if strided:
+            module.stride = (1, 1)
+            dilation *= 2
+
+
+# -------------------------------------------------------------------------------------------------------- builders
+def _resnet38d(output_stride: int) -> Parts:
+    """Taps and frozen stem as METHOD 2."""
+    _check_stride("resnet38d", output_stride, (8,))
+    net = ResNet38d()
+    return Parts(net, net.CHANNELS, NORMALISATIONS["imagenet"], net.FROZEN, ("linear1000",))
+
+
+def _torchvision_resnet(name: str) -> Callable[[int], Parts]:
+    """Taps: layer2, layer3, layer4. Frozen: conv1 and layer1."""
+
+    def build(output_stride: int) -> Parts:
+        from torchvision.models import get_model
+
+        _check_stride(name, output_stride, (8, 16, 32))
+        dilated = [output_stride < 16, output_stride < 32]
+        net = get_model(name, weights=None, replace_stride_with_dilation=[False, *dilated])
+        stages = {stage: child for stage, child in net.named_children() if stage not in ("avgpool", "fc")}
+        taps = _Taps(stages, ("layer2", "layer3", "layer4"))
+        return Parts(taps, (512, 1024, 2048), NORMALISATIONS["imagenet"], ("conv1.", "layer1."), ("fc.",))
+
+    return build
+
+
+def _squeezenet1_1(output_stride: int) -> Parts:
+    """Taps: fire 7, 10 and 12. Frozen: the first conv. Maps are up to one pixel smaller than ceil(H/stride).
+
+    That is its own unpadded geometry: with padding, half of its ImageNet top-1 classes on photographs change.
+    """
+    from torchvision.models import squeezenet1_1
+
+    _check_stride("squeezenet1_1", output_stride, (8, 16))
+    features = squeezenet1_1(weights=None).features
+    if output_stride == 8:
+        features[8] = nn.MaxPool2d(3, stride=2, padding=1)
+        _dilate(module for stage in features[8:] for module in stage.modules())
+    taps = _Taps(dict(features.named_children()), ("7", "10", "12"), prefix="features")
+    return Parts(taps, (256, 384, 512), NORMALISATIONS["imagenet"], ("features.0.",), ("classifier.",))
+
+
+def _efficientnet_b0(output_stride: int) -> Parts:
+    """Taps: stages 3 (stride 8), 5 (stride 16) and the last 1x1 conv. Frozen: the first conv."""
+    from torchvision.models import efficientnet_b0
+
+    _check_stride("efficientnet_b0", output_stride, (8, 16, 32))
+    features = efficientnet_b0(weights=None).features
+    if output_stride < 32:
+        first = 4 if output_stride == 8 else 6
+        _dilate(module for stage in features[first:] for module in stage.modules())
+    taps = _Taps(dict(features.named_children()), ("3", "5", "8"), prefix="features")
+    return Parts(taps, (40, 112, 1280), NORMALISATIONS["imagenet"], ("features.0.",), ("classifier.",))
+
+
+def _tiny(output_stride: int) -> Parts:
+    """0.27 M parameters, five layers of conv, GroupNorm, ReLU: learns from random weights on a CPU. Frozen: none."""
+    _check_stride("tiny", output_stride, (8, 16))
+    widths, strides, dilations = (3, 32, 64, 96, 96, 128), [2, 2, 2, 1, 1], [1, 1, 1, 2, 2]
+    if output_stride == 16:
+        strides[3], dilations[3:] = 2, [1, 1]
+    stages: dict[str, nn.Module] = {}
+    for i, (stride, dilation) in enumerate(zip(strides, dilations, strict=True)):
+        conv = nn.Conv2d(widths[i], widths[i + 1], 3, stride, padding=dilation, dilation=dilation, bias=False)
+        nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
+        stages[f"layer{i + 1}"] = nn.Sequential(conv, nn.GroupNorm(8, widths[i + 1]), nn.ReLU(inplace=True))
+    taps = _Taps(stages, ("layer3", "layer4", "layer5"))
+    return Parts(taps, (96, 96, 128), NORMALISATIONS["imagenet"], (), ())
+
+
+BACKBONES: dict[str, Callable[[int], Parts]] = {
+    "resnet38d": _resnet38d,
+    "resnet50": _torchvision_resnet("resnet50"),
+    "resnet101": _torchvision_resnet("resnet101"),
+    "squeezenet1_1": _squeezenet1_1,
+    "efficientnet_b0": _efficientnet_b0,
+    "tiny": _tiny,
+}
+TIMM = "timm:"
+
+
+class _TimmNet(nn.Module):
+    """The last three feature maps of a timm model, channels first."""
+
+    def __init__(self, features: nn.Module, channels: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.model = features
+        self.channels = channels
+
+    def forward(self, image_N3HW: Tensor) -> tuple[Tensor, ...]:
+        maps = self.model(image_N3HW)[-3:]
+        pairs = zip(maps, self.channels, strict=True)
+        return tuple(x if x.shape[1] == channels else x.permute(0, 3, 1, 2) for x, channels in pairs)
+
+
+def _timm(model: str, output_stride: int) -> Parts:
+    """Taps: the model's last three feature maps; normalisation: of its published weights. Frozen: BatchNorm only."""
+    try:
+        import timm
+    except ImportError as error:
+        raise ValueError(
+            f"backbone.name: timm:{model} needs the package timm, which is not installed: pip install 'ppc[timm]'"
+        ) from error
+    if not timm.is_model(model):
+        raise ValueError(f"backbone.name: timm has no model {model!r}{_nearest(model, timm.list_models())}")
+    try:
+        features = timm.create_model(model, pretrained=False, features_only=True, output_stride=output_stride)
+    except TypeError:  # a model with a stride of its own
+        features = timm.create_model(model, pretrained=False, features_only=True)
+    channels, strides = tuple(features.feature_info.channels()[-3:]), features.feature_info.reduction()
+    if strides[-1] != output_stride or len(channels) != 3:
+        raise ValueError(
+            f"backbone.output_stride: timm:{model} has stride {strides[-1]} and {len(channels)} feature maps, "
+            f"asked for stride {output_stride} and 3; set it to {strides[-1]} or take another model"
+        )
+    cfg = timm.get_pretrained_cfg(model)
+    normalisation = NORMALISATIONS["imagenet"]
+    if cfg is not None:
+        normalisation = Normalisation(tuple(cfg.mean), tuple(cfg.std), 255.0, False)
+    ignored = ("classifier.", "head.", "head_", "fc.", "norm.", "conv_head.", "bn2.", "conv_norm.")
+    return Parts(_TimmNet(features, channels), channels, normalisation, (), ignored)
+
+
+def build_backbone(
+    name: str, *, output_stride: int, weights: str | Path | None, normalisation: str, seed: int
+) -> Backbone:
+    """A backbone of BACKBONES, or `timm:MODEL`, initialised from `seed` or from a weight file.
+
+    normalisation: a name of NORMALISATIONS, or `auto`: that of the backbone's usual weights. ValueError for an unknown
+    name, a stride it can not have, or weights that do not fit.
+    """
+    if not name.startswith(TIMM) and name not in BACKBONES:
+        raise ValueError(f"backbone.name: there is no backbone {name!r}{_nearest(name, BACKBONES)}, or timm:MODEL")
+    if normalisation != "auto" and normalisation not in NORMALISATIONS:
+        names = ("auto", *NORMALISATIONS)
+        raise ValueError(f"backbone.normalisation: there is no {normalisation!r}{_nearest(normalisation, names)}")
+    with seeded_init(seed):
+        if name.startswith(TIMM):
+            parts = _timm(name.removeprefix(TIMM), output_stride)
+        else:
+            parts = BACKBONES[name](output_stride)
+    chosen = parts.normalisation if normalisation == "auto" else NORMALISATIONS[normalisation]
+    backbone = Backbone(name, parts, output_stride=output_stride, normalisation=chosen)
+    if weights is not None:
+        backbone.report = load_weights(backbone, weights)
+    return backbone
+
+
+def _check_stride(name: str, output_stride: int, possible: tuple[int, ...]) -> None:
+    if output_stride not in possible:
+        raise ValueError(f"backbone.output_stride: {name} can have {possible}, got {output_stride}")
+
+
+def _nearest(name: str, names: Iterable[str]) -> str:
+    names = list(names)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names[:20])}"

@@ -1,0 +1,246 @@
+"""Methods: from a net and a batch to named loss terms, and from a net to the class maps of an image.
+
+N images of this worker, K foreground classes, C = K+1 with background first, H W input pixels, h w a feature grid.
+A method is a line in METHODS; contrast is a regulariser that any of them can have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ppc.backbones import Normalisation, build_backbone
+from ppc.cam import NormRule
+from ppc.config import ContrastConfig, TrialConfig, ViewsConfig
+from ppc.contrast import View, contrast_losses
+from ppc.dropout import set_dropout_seeds
+from ppc.losses import ViewMaps, classification_loss, seam_losses
+from ppc.mining import pixel_keys
+from ppc.nets import CamNet, CamOutput
+from ppc.prototypes import Workers
+from ppc.seeding import derive_seed
+from ppc.views import Warp, draw_warp, resize
+
+BG = 0  # channel of the background
+
+
+@dataclass(frozen=True)
+class Step:
+    """The two views of one batch, as the net sees them, and what is needed to compare them."""
+
+    source: CamOutput
+    target: CamOutput | None  # None when the method looks at one view only
+    source_size: tuple[int, int]  # of the input, pixels
+    target_size: tuple[int, int]
+    warp: Warp
+    label_NK: Tensor
+    num_images_global: int
+
+
+@dataclass(frozen=True)
+class Method:
+    """A baseline: what its net has, its loss terms, and how its class maps are made and merged at inference."""
+
+    background: bool
+    pcm: bool
+    two_views: bool
+    merge_rule: NormRule
+    terms: Callable[[Step], dict[str, Tensor]]
+    class_maps: Callable[[CamOutput, tuple[int, int]], Tensor]  # (N,K,.,.), foreground alone
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Half precision as float32: too few digits for losses, and for the coordinates of a warp."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
+
+
+def cam_terms(step: Step) -> dict[str, Tensor]:
+    """Plain CAM: classification of the source view, and of the target view when contrast needs one (METHOD 3)."""
+    views = [step.source] if step.target is None else [step.source, step.target]
+    losses = [
+        classification_loss(_wide(v.cam).mean((2, 3)), step.label_NK, num_images_global=step.num_images_global)
+        for v in views
+    ]
+    return {"cls": torch.stack(losses).mean()}
+
+
+def seam_terms(step: Step) -> dict[str, Tensor]:
+    """SEAM (METHOD 4.2), on maps brought to the size of each view's input."""
+    assert step.target is not None and step.source.refined is not None and step.target.refined is not None
+    source = ViewMaps(*(resize(_wide(x), step.source_size) for x in (step.source.cam, step.source.refined)))
+    target = ViewMaps(*(resize(_wide(x), step.target_size) for x in (step.target.cam, step.target.refined)))
+    return seam_losses(
+        source,
+        target,
+        step.label_NK,
+        to_target=lambda x: step.warp.apply(resize(x, step.target_size)),
+        bg_channel=BG,
+        keep_channel=BG,
+        num_images_global=step.num_images_global,
+        valid_Nhw=step.warp.grid_valid(*step.target_size, like=source.cam_NCHW),
+    )
+
+
+def _cam_maps(out: CamOutput, size: tuple[int, int]) -> Tensor:
+    return F.relu(out.cam)
+
+
+def _seam_maps(out: CamOutput, size: tuple[int, int]) -> Tensor:
+    assert out.refined is not None
+    return resize(out.refined[:, 1:], size)
+
+
+METHODS: dict[str, Method] = {
+    "cam": Method(
+        background=False, pcm=False, two_views=False, merge_rule="max", terms=cam_terms, class_maps=_cam_maps
+    ),
+    "seam": Method(
+        background=True, pcm=True, two_views=True, merge_rule="minmax", terms=seam_terms, class_maps=_seam_maps
+    ),
+}
+
+
+def build_net(cfg: TrialConfig, num_fg: int, *, pretrained: bool) -> CamNet:
+    """The trial's CAM net, initialised from its seed; `pretrained` loads the backbone's weight file."""
+    method = METHODS[cfg.method.name]
+    backbone = build_backbone(
+        cfg.backbone.name,
+        output_stride=cfg.backbone.output_stride,
+        weights=cfg.backbone.weights if pretrained else None,
+        normalisation=cfg.backbone.normalisation,
+        seed=derive_seed("backbone", cfg.seed),
+    )
+    return CamNet(
+        backbone,
+        num_fg=num_fg,
+        background=method.background,
+        pcm=method.pcm,
+        projector_dim=cfg.contrast.projector_dim if cfg.contrast.active else 0,
+        dropout=cfg.method.dropout,
+        seed=derive_seed("head", cfg.seed),
+    )
+
+
+def net_normalisation(net: CamNet) -> Normalisation:
+    """The input normalisation that travels with the net's weights."""
+    normalisation: Normalisation = net.backbone.normalisation
+    return normalisation
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss of one batch, as `train.fit` wants it: this worker's share of the weighted sum and of each term."""
+
+    cfg: TrialConfig
+    workers: Workers
+    num_workers: int
+
+    def __call__(self, net: nn.Module, batch: Mapping[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Forward both views, and add up the terms with the weights of the config."""
+        cfg, method = self.cfg, METHODS[self.cfg.method.name]
+        seeds = [int(s) for s in batch["sample_seed_N"]]
+        device = next(net.parameters()).device
+        image = batch["image_N3HW"].to(device, non_blocking=True)
+        label_NK = batch["label_NK"].to(device, non_blocking=True)
+        set_dropout_seeds(net, [derive_seed(s, "source") for s in seeds])
+        source = net(image)
+        target, warp, size = None, Warp(None, None), tuple(image.shape[2:])
+        if method.two_views or cfg.contrast.active:
+            image_t, warp = target_view(image, seeds, cfg.views)
+            size = tuple(image_t.shape[2:])
+            set_dropout_seeds(net, [derive_seed(s, "target") for s in seeds])
+            target = net(image_t)
+        made = Step(source, target, tuple(image.shape[2:]), size, warp, label_NK, len(image) * self.num_workers)
+        with torch.autocast(device.type, enabled=False):
+            terms = method.terms(made)
+            weights = {name: getattr(cfg.method, f"{name}_weight") for name in terms}
+            if cfg.contrast.active:
+                terms |= contrast_terms_of(made, cfg.contrast, cfg.seed, step, self.workers, self.num_workers)
+                weights |= {n: getattr(cfg.contrast, f"{n}_weight") for n in CONTRAST_TERMS}
+            if not any(weights.values()):
+                raise ValueError(f"method.name {cfg.method.name}: all loss weights are 0, so there is nothing to train")
+            total = torch.stack([weights[n] * terms[n] for n in weights if weights[n] > 0]).sum()
+        return total, terms
+
+
+CONTRAST_TERMS = ("cross_prototype", "cross_cam", "intra_view")
+
+
+def target_view(image_N3HW: Tensor, seeds: list[int], cfg: ViewsConfig) -> tuple[Tensor, Warp]:
+    """The target view of a batch and how it was moved; each image's draw comes from its own seed."""
+    height, width = image_N3HW.shape[2:]
+    size = (height, width) if cfg.target_px is None else (cfg.target_px, cfg.target_px)
+    warp = draw_warp(
+        [derive_seed(s, "view") for s in seeds],
+        size_px=size[1],
+        flip=cfg.flip,
+        rotate_deg=cfg.rotate_deg,
+        translate_px=cfg.translate_px,
+    )
+    return warp.apply(resize(image_N3HW, size)), warp
+
+
+def contrast_terms_of(
+    made: Step, cfg: ContrastConfig, seed: int, step: int, workers: Workers, num_workers: int
+) -> dict[str, Tensor]:
+    """The three contrast terms and their diagnostics, on the grid of the target view's features (METHOD 6)."""
+    assert made.target is not None
+    N, h, w = len(made.label_NK), made.target.cam.shape[2], made.target.cam.shape[3]
+    C = made.label_NK.shape[1] + 1
+    views = []
+    for name, out in (("source", made.source), ("target", made.target)):
+        assert out.projected is not None
+        projected, maps = _wide(out.projected), _wide(_contrast_map(out, cfg))
+        if name == "source":
+            projected, maps = (made.warp.apply(resize(x, (h, w))) for x in (projected, maps))
+        generator = torch.Generator().manual_seed(derive_seed("contrast", seed, step, name))
+        keys = pixel_keys(
+            generator,
+            num_images_global=made.num_images_global,
+            first_image=workers.rank * N,
+            num_images_local=N,
+            num_classes=C,
+            height=h,
+            width=w,
+        )
+        views.append(View(projected, maps, made.warp.grid_valid(h, w, like=maps), keys))
+    present_NC = torch.cat([torch.ones_like(made.label_NK[:, :1]), made.label_NK], dim=1)
+    first = min(round(cfg.negative_rank_from * C), C - 1)
+    return contrast_losses(
+        views[0],
+        views[1],
+        present_NC,
+        map_norm=cfg.map_norm,
+        bg_score=cfg.bg_score,
+        bg_index=BG,
+        top_k=cfg.prototype_top_k,
+        tie_rule=cfg.tie_rule,
+        prototype_pixels=cfg.prototype_pixels,
+        prototype_features=cfg.prototype_features,
+        bg_prototype_weight=cfg.bg_prototype_weight,
+        absent_classes=cfg.absent_classes,
+        temperature=cfg.temperature,
+        negatives=cfg.negatives,
+        rank_start=first,
+        rank_end=max(first + 1, round(cfg.negative_rank_to * C)),
+        pool_fraction=cfg.negative_pool,
+        sample_fraction=cfg.negative_sample,
+        hard_pixels=cfg.hard_pixels,
+        hard_pool_fraction=cfg.hard_pool,
+        intra_mean=cfg.intra_mean,
+        view_reduction=cfg.view_reduction,
+        workers=workers,
+    )
+
+
+def _contrast_map(out: CamOutput, cfg: ContrastConfig) -> Tensor:
+    """The map that labels and weighs pixels, with a background channel (which the contrast overwrites)."""
+    if cfg.map_source == "refined" and out.refined is not None:
+        return out.refined.detach()
+    cam = out.cam.detach()
+    return cam if out.refined is not None else torch.cat([torch.zeros_like(cam[:, :1]), cam], dim=1)
