@@ -1,0 +1,118 @@
+"""The study's own list of trials and what the files say of each. Schedulers and trackers are told, never asked."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from ppc.artifacts import StageDir, Storage, now_ms, read_json
+
+HEARTBEAT_S = 5.0
+STALE_S = 45.0  # a trial whose heartbeat is older is dead, whatever its state says
+
+PENDING, RUNNING, FINISHED, FAILED, KILLED, INTERRUPTED = (
+    "PENDING",
+    "RUNNING",
+    "FINISHED",
+    "FAILED",
+    "KILLED",
+    "INTERRUPTED",
+)
+
+
+@dataclass(frozen=True)
+class TrialRow:
+    """One trial of a study, as its files say now."""
+
+    key: str
+    variant: str
+    variant_key: str
+    seed: int
+    factors: dict[str, Any]
+    config: dict[str, Any]
+    stages: list[dict[str, str]]  # {"name", "key"} in order
+    state: str
+    attempt: int
+    stage: str | None  # the stage at work, or the last one
+    progress: dict[str, Any] | None  # of that stage: done, total, unit, left_s, epoch, epochs
+    result: dict[str, Any] | None
+    error: dict[str, Any] | None
+    started_ms: int | None
+    ended_ms: int | None
+    reused: bool  # finished before this study was launched
+
+    @property
+    def label(self) -> str:
+        """Name of the trial in tables and in the tracker."""
+        return f"{self.variant} s={self.seed}"
+
+    def metric(self, name: str) -> float | None:
+        """A final metric, when there is one."""
+        return None if self.result is None else self.result["metrics"].get(name)
+
+
+def stage_dirs(storage: Storage, row: TrialRow) -> list[StageDir]:
+    """The stage folders of a trial, in order."""
+    return [storage.stage(s["name"], s["key"]) for s in row.stages]
+
+
+def alive(state: dict[str, Any]) -> bool:
+    """Whether a process stands behind a RUNNING state: its heartbeat is fresh and, on this host, its pid exists."""
+    if now_ms() - state.get("heartbeat_ms", 0) > STALE_S * 1000:
+        return False
+    if state.get("host") != socket.gethostname():
+        return True
+    try:
+        os.kill(int(state.get("pid", -1)), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _row(storage: Storage, entry: dict[str, Any], created_ms: int) -> TrialRow:
+    trial = storage.trial(entry["key"])
+    state, result, error = trial.state(), trial.result(), trial.error()
+    word = state.get("state", PENDING)
+    if result is not None:
+        word = FINISHED
+    elif word == FINISHED:  # the result is gone: it has to run again
+        word = INTERRUPTED
+    elif word == RUNNING and not alive(state):
+        word = INTERRUPTED
+    stage = state.get("stage")
+    progress = None
+    if word == RUNNING and stage:
+        progress = read_json(storage.stage(stage, state.get("stage_key", "")) / "progress.json")
+    return TrialRow(
+        **{name: entry[name] for name in ("key", "variant", "variant_key", "seed", "factors", "config", "stages")},
+        state=word,
+        attempt=state.get("attempt", 0),
+        stage=stage,
+        progress=progress,
+        result=result,
+        error=error if word in (FAILED, KILLED, INTERRUPTED) else None,
+        started_ms=state.get("started_ms"),
+        ended_ms=state.get("ended_ms"),
+        reused=result is not None and result.get("finished_ms", created_ms) < created_ms,
+    )
+
+
+def read_rows(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
+    """All trials of a study (its `study.json`), in the order of the table."""
+    return [_row(storage, entry, study["created_ms"]) for entry in study["trials"]]
+
+
+def missing(rows: list[TrialRow]) -> list[TrialRow]:
+    """Trials that a launch has to run: all that are neither finished nor at work somewhere."""
+    return [row for row in rows if row.state not in (FINISHED, RUNNING)]
+
+
+def counts(rows: list[TrialRow]) -> dict[str, int]:
+    """Trials per state, in a fixed order, states without trials left out."""
+    count = Counter(row.state for row in rows)
+    return {s: count[s] for s in (FINISHED, RUNNING, PENDING, INTERRUPTED, KILLED, FAILED) if count[s]}

@@ -1,0 +1,117 @@
+"""Where work runs, behind two verbs: `train` a function on every worker, `map` a function over items.
+
+Stages know this protocol alone. `LocalRuntime` needs no cluster; the Ray one is in `ray_runtime.py`. A training
+function is called as `worker(payload, device)` with torch.distributed set up when there are several workers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
+
+from ppc.config import RuntimeConfig
+
+TrainWorker = Callable[[Any, torch.device], None]
+MapFunction = Callable[[Any, Sequence[Any]], list[Any]]
+
+
+class Runtime(Protocol):
+    """What a stage may ask of the place it runs in."""
+
+    def train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
+        """Call `worker(payload, device)` in `cfg.workers` processes; start dead ones again, at most
+        `cfg.max_failures` times. Raises what the worker raised."""
+
+    def map(
+        self,
+        function: MapFunction,
+        shared: Any,
+        items: Sequence[Any],
+        cfg: RuntimeConfig,
+        done: Callable[[int], None],
+        *,
+        use_gpu: bool = False,
+    ) -> list[Any]:
+        """`function(shared, chunk)` over chunks of the items; results in the order of the items.
+
+        `done(n)` is called in the caller's process as items finish. `use_gpu` says that the function can use one.
+        """
+
+
+def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
+    """Items in order, `size` at a time."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def set_threads(cpus: float) -> None:
+    """Use as many threads as the worker has CPUs, on any machine: sums are split the same way everywhere."""
+    torch.set_num_threads(max(1, int(cpus)))
+
+
+class LocalRuntime:
+    """This machine alone: one process a worker, and `map_processes` processes for per-image work."""
+
+    def __init__(self, map_processes: int = 1) -> None:
+        self.map_processes = map_processes
+
+    def train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
+        """See `Runtime.train`. A raise is final here: there is nobody to notice a dead process but the user."""
+        if cfg.workers == 1:
+            set_threads(cfg.cpus_per_worker)
+            worker(payload, _device(0))
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = (worker, payload, cfg.workers, cfg.cpus_per_worker, f"file://{Path(folder) / 'rendezvous'}")
+            spawn(_spawned, args=arguments, nprocs=cfg.workers)  # type: ignore[no-untyped-call]
+
+    def map(
+        self,
+        function: MapFunction,
+        shared: Any,
+        items: Sequence[Any],
+        cfg: RuntimeConfig,
+        done: Callable[[int], None],
+        *,
+        use_gpu: bool = False,
+    ) -> list[Any]:
+        """See `Runtime.map`."""
+        parts = chunks(items, cfg.images_per_task)
+        results: list[list[Any]] = [[] for _ in parts]
+        finished = 0
+        if self.map_processes == 1 or len(parts) == 1:
+            set_threads(cfg.cpus_per_worker)
+            for index, part in enumerate(parts):
+                results[index] = function(shared, part)
+                done(finished := finished + len(part))
+        else:
+            context = get_context("spawn")
+            with ProcessPoolExecutor(self.map_processes, context, set_threads, (1,)) as pool:
+                futures = {pool.submit(function, shared, part): i for i, part in enumerate(parts)}
+                for future in as_completed(futures):
+                    index = futures[future]
+                    results[index] = future.result()
+                    done(finished := finished + len(parts[index]))
+        return [value for part in results for value in part]
+
+
+def _device(index: int) -> torch.device:
+    return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _spawned(rank: int, worker: TrainWorker, payload: Any, world_size: int, cpus: float, rendezvous: str) -> None:
+    set_threads(cpus)
+    gpus = torch.cuda.device_count()
+    backend = "nccl" if gpus >= world_size else "gloo"
+    dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size)
+    try:
+        worker(payload, _device(rank) if backend == "nccl" else torch.device("cpu"))
+    finally:
+        dist.destroy_process_group()

@@ -1,0 +1,61 @@
+"""Dense CRF on the seeds. Product: `masks/ID.png`, the pseudo masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ppc.artifacts import Progress, StageDir
+from ppc.config import CrfConfig
+from ppc.crf import PRESETS, refine_seed
+from ppc.data import VocLayout
+from ppc.figures import palette_png
+from ppc.stages.context import StageContext
+from ppc.stages.make_seeds import images_of, read_cam
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What all chunks of images share."""
+
+    cfg: CrfConfig
+    folder: StageDir
+    seeds: StageDir
+    dataset: VocLayout
+    bg_score: float
+
+
+def run(context: StageContext) -> dict[str, Any]:
+    """Refine the seeds of every image that has one."""
+    cfg, seeds = context.cfg, context.inputs["make_seeds"]
+    manifest = seeds.manifest()
+    assert manifest is not None
+    score = manifest["result"]["metrics"]["bg_score"] if cfg.crf.bg_score == "seed" else float(cfg.crf.bg_score)
+    ids = list(dict.fromkeys(image_id for _, image_id in images_of(cfg, context.dataset)))
+    progress = Progress(context.folder / "progress.json", total=len(ids), unit="image")
+    shared = Shared(cfg.crf, context.folder, seeds, context.dataset, score)
+    context.rt.map(refine_chunk, shared, ids, cfg.runtime, progress.update)
+    return {"crf_bg_score": score}
+
+
+def refine_chunk(shared: Shared, ids: Sequence[str]) -> list[Any]:
+    """Write the masks of some images."""
+    for image_id in ids:
+        path = shared.folder / "masks" / f"{image_id}.png"
+        if path.exists():  # it was written whole
+            continue
+        loaded = read_cam(shared.seeds / "cams" / f"{image_id}.npz")
+        if loaded is None:
+            raise ValueError(f"{shared.seeds / 'cams'} has no whole CAM of {image_id}; delete {shared.seeds.path}")
+        keys, cam_KHW = loaded
+        mask_HW = refine_seed(
+            shared.dataset.image(image_id),
+            cam_KHW,
+            keys,
+            bg_score=shared.bg_score,
+            num_classes=shared.dataset.num_classes + 1,
+            params=PRESETS[shared.cfg.preset],
+        )
+        palette_png(mask_HW, path)
+    return [None] * len(ids)

@@ -1,0 +1,159 @@
+"""The only training loop: schedule, precision, sums over workers, journal, checkpoints and resume.
+
+A loss here is this worker's share of the loss of the global batch: shares of all workers add up to it, and so do their
+gradients. That makes the numbers independent of how many workers there are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ppc.artifacts import Journal, Progress, StageDir, atomic_write
+from ppc.config import RuntimeConfig
+from ppc.optim import poly_lr, set_lr
+
+Batch = Mapping[str, Any]
+KEEP_CHECKPOINTS = 2
+
+
+def rank() -> int:
+    """This worker's number; 0 when alone."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many workers train together; 1 when alone."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def gather(x: Tensor) -> Tensor:
+    """Equal-shaped tensors of all workers, concatenated along dim 0 in rank order; no gradient."""
+    if world_size() == 1:
+        return x.detach()
+    x = x.detach().contiguous()
+    sent = x.to(torch.uint8) if x.dtype == torch.bool else x
+    parts = [torch.empty_like(sent) for _ in range(world_size())]
+    dist.all_gather(parts, sent)
+    return torch.cat(parts).to(x.dtype)
+
+
+def sum_over_workers(tensors: Sequence[Tensor]) -> None:
+    """Add tensors up over the workers, in place, in one message."""
+    if world_size() == 1 or not tensors:
+        return
+    flat = torch.cat([t.reshape(-1) for t in tensors])
+    dist.all_reduce(flat)
+    for tensor, part in zip(tensors, torch.split(flat, [t.numel() for t in tensors]), strict=True):
+        tensor.copy_(part.view_as(tensor))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained: `losses` gives this worker's share of the loss and of each named term of the global batch."""
+
+    net: nn.Module
+    optimizer: torch.optim.Optimizer
+    batches: Callable[[int], Iterable[Batch]]
+    losses: Callable[[nn.Module, Batch, int], tuple[Tensor, dict[str, Tensor]]]
+    epochs: int
+    steps_per_epoch: int
+    poly_power: float
+    precision: str
+
+
+def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device) -> None:
+    """Train from the newest good checkpoint of the stage, or from the start, to the last epoch.
+
+    Stopped after any epoch and started again it ends with the same weights, bit for bit on a CPU.
+    """
+    job.net.to(device).train()
+    start = _load_newest(job, stage, device)
+    journal = Journal(stage / "journal.jsonl") if rank() == 0 else None
+    progress = Progress(stage / "progress.json", total=job.epochs * job.steps_per_epoch, unit="step")
+    try:
+        for epoch in range(start, job.epochs):
+            _epoch(job, epoch, journal, progress, runtime, device)
+            last = epoch + 1 == job.epochs
+            if rank() == 0 and (last or (epoch + 1) % runtime.checkpoint_every_epochs == 0):
+                save_checkpoint(job, stage, epoch + 1)
+    finally:
+        if journal:
+            journal.close()
+    if world_size() > 1:
+        dist.barrier()
+
+
+def _epoch(
+    job: Job, epoch: int, journal: Journal | None, progress: Progress, runtime: RuntimeConfig, device: torch.device
+) -> None:
+    window: list[dict[str, Tensor]] = []
+    window_start = time.monotonic()
+    parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
+    max_step = job.epochs * job.steps_per_epoch
+    for index, batch in enumerate(job.batches(epoch)):
+        step = epoch * job.steps_per_epoch + index
+        set_lr(job.optimizer, poly_lr(step, max_step=max_step, power=job.poly_power))
+        with torch.autocast(device.type, torch.bfloat16, enabled=job.precision == "bf16"):
+            loss, terms = job.losses(job.net, batch, step)
+        job.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        sum_over_workers([p.grad for p in parameters if p.grad is not None])
+        job.optimizer.step()
+        window.append({"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}})
+        if (index + 1) % runtime.log_every_steps == 0 or index + 1 == job.steps_per_epoch:
+            metrics = _window_means(window)
+            spent_s = time.monotonic() - window_start
+            if journal:
+                lr = job.optimizer.param_groups[0]["lr"]
+                journal.write(
+                    step + 1,
+                    {**metrics, "train/lr": lr, "train/epoch": epoch, "speed/steps_per_s": len(window) / spent_s},
+                )
+            window, window_start = [], time.monotonic()
+        if rank() == 0:
+            progress.update(step + 1, epoch=epoch + 1, epochs=job.epochs)
+
+
+def _window_means(window: list[dict[str, Tensor]]) -> dict[str, float]:
+    means = {name: torch.stack([w[name].float() for w in window]).mean() for name in window[0]}
+    stacked = torch.stack(list(means.values()))
+    sum_over_workers([stacked])
+    return {f"train/{name}": value for name, value in zip(means, stacked.tolist(), strict=True)}
+
+
+def checkpoints(stage: StageDir) -> list[Path]:
+    """Checkpoints of a stage, newest first."""
+    return sorted((stage / "checkpoints").glob("epoch-*.pt"), reverse=True)
+
+
+def save_checkpoint(job: Job, stage: StageDir, epoch: int) -> None:
+    """Write the state after `epoch` epochs; older ones but one are removed only when it is there whole."""
+    state = {"key": stage.key, "epoch": epoch, "net": job.net.state_dict(), "optimizer": job.optimizer.state_dict()}
+    with atomic_write(stage / "checkpoints" / f"epoch-{epoch:05d}.pt") as handle:
+        torch.save(state, handle)
+    for old in checkpoints(stage)[KEEP_CHECKPOINTS:]:
+        old.unlink(missing_ok=True)
+
+
+def _load_newest(job: Job, stage: StageDir, device: torch.device) -> int:
+    """Load the newest checkpoint that is whole; the epoch to go on with. All workers take the same one."""
+    for path in checkpoints(stage):
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+            if state["key"] != stage.key:
+                raise ValueError(f"{path} belongs to stage key {state['key']}, not {stage.key}")
+            job.net.load_state_dict(state["net"])
+            job.optimizer.load_state_dict(state["optimizer"])
+            return int(state["epoch"])
+        except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
+            print(f"checkpoint {path} is damaged ({type(error).__name__}); taking the one before", flush=True)
+    return 0

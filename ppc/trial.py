@@ -1,0 +1,230 @@
+"""One trial: stages in order, finished ones skipped. Knows no Ray and no MLflow."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from ppc.artifacts import Storage, TrialDir, content_key, file_sha256, now_ms, write_json
+from ppc.backbones import BACKBONES
+from ppc.config import DataConfig, TrialConfig
+from ppc.crf import PRESETS
+from ppc.data import VocLayout, open_dataset
+from ppc.data.check import fingerprint
+from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING
+from ppc.runtime import Runtime
+from ppc.stages import plan_stages, run_stage
+
+
+@dataclass(frozen=True)
+class TrialPlan:
+    """A trial ready to run: its config with absolute paths, its content key and those of its stages."""
+
+    config: TrialConfig
+    key: str
+    variant_key: str
+    stages: list[tuple[str, str]]
+    fingerprint: str  # of the data
+
+
+def data_splits(cfg: TrialConfig) -> list[str]:
+    """Splits that a trial touches, in a fixed order."""
+    splits = [cfg.data.train_split, *cfg.seeds.splits]
+    if cfg.seeds.protocol == "val_subset":
+        splits.append(cfg.seeds.val_subset_split)
+    return list(dict.fromkeys(splits))
+
+
+def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, VocLayout]:
+    """Open the dataset; generated scenes are made first when they are not there. The config gets its absolute root."""
+    if data.root is None:
+        root = storage.dataset(f"scenes-{content_key(data.scenes.model_dump())[:8]}")
+    else:
+        root = Path(data.root).expanduser()
+    data = data.model_copy(update={"root": str(root.resolve())})
+    return data, open_data(data)
+
+
+def open_data(data: DataConfig) -> VocLayout:
+    """The dataset of a config whose root is resolved."""
+    return open_dataset(data.name, Path(str(data.root)), labels=data.labels, scenes=data.scenes.model_dump())
+
+
+class Planner:
+    """Plans trials; contents of data and weights are read once."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+        self._data: dict[str, tuple[DataConfig, VocLayout]] = {}
+        self._prints: dict[Any, str] = {}
+
+    def plan(self, cfg: TrialConfig) -> TrialPlan:
+        """Resolve paths, read contents, give keys. ValueError names the field that is wrong."""
+        if problems := [f"{path}: {text}" for path, text in check_trial(cfg)]:
+            raise ValueError("\n".join(problems))
+        data_key = cfg.data.model_dump_json()
+        if data_key not in self._data:
+            self._data[data_key] = prepare_data(cfg.data, self.storage)
+        data, dataset = self._data[data_key]
+        prints = {"data": self._data_print(dataset, data_key, tuple(data_splits(cfg)))}
+        backbone = cfg.backbone
+        if backbone.weights is not None:
+            path = Path(backbone.weights).expanduser().resolve()
+            if not path.is_file():
+                raise ValueError(f"backbone.weights: no file {path}")
+            if path not in self._prints:
+                self._prints[path] = file_sha256(path)
+            prints["weights"] = self._prints[path]
+            backbone = backbone.model_copy(update={"weights": str(path)})
+        cfg = cfg.model_copy(update={"data": data, "backbone": backbone})
+        stages = plan_stages(cfg, prints)
+        unseeded = plan_stages(cfg.model_copy(update={"seed": 0}), prints)
+        return TrialPlan(
+            cfg, content_key(["trial", stages]), content_key(["variant", unseeded]), stages, prints["data"]
+        )
+
+    def _data_print(self, dataset: VocLayout, data_key: str, splits: tuple[str, ...]) -> str:
+        if (data_key, splits) not in self._prints:
+            self._prints[data_key, splits] = content_key(
+                [
+                    fingerprint(dataset, [split], with_masks=dataset.has_masks(split), with_saliency=False)
+                    for split in splits
+                ]
+            )
+        return self._prints[data_key, splits]
+
+
+def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
+    """What types cannot say, as (dotted field, problem): names of registries, sizes that must fit together."""
+    name = cfg.backbone.name
+    if name not in BACKBONES and not name.startswith("timm:"):
+        yield "backbone.name", f"no backbone {name!r}; there are {', '.join(BACKBONES)} and timm:MODEL"
+    if cfg.crf.preset not in PRESETS:
+        yield "crf.preset", f"no preset {cfg.crf.preset!r}; there are {', '.join(PRESETS)}"
+    if cfg.train.batch_size % cfg.runtime.workers:
+        yield "train.batch_size", f"{cfg.train.batch_size} is not a multiple of runtime.workers {cfg.runtime.workers}"
+    if cfg.views.target_px is not None and cfg.views.target_px > cfg.train.crop_px:
+        yield "views.target_px", f"{cfg.views.target_px} is larger than train.crop_px {cfg.train.crop_px}"
+    if cfg.contrast.negatives == "ranks" and cfg.contrast.negative_rank_from >= cfg.contrast.negative_rank_to:
+        yield "contrast.negative_rank_from", "must be smaller than contrast.negative_rank_to"
+    if cfg.data.name != "scenes" and cfg.data.root is None:
+        yield "data.root", "name the folder of the dataset, for instance --set data.root=VOC2012"
+    try:
+        plan_stages(cfg, {})
+    except ValueError as error:
+        yield "stages", str(error)
+
+
+class _State:
+    """`state.json` of a running trial, with a heartbeat from a thread of its own."""
+
+    def __init__(self, trial: TrialDir) -> None:
+        self._trial, self._lock, self._stop = trial, threading.Lock(), threading.Event()
+        attempt = int(trial.state().get("attempt", 0)) + 1
+        self._values: dict[str, Any] = {
+            "state": RUNNING, "attempt": attempt, "host": socket.gethostname(), "pid": os.getpid(),
+            "started_ms": now_ms(), "stage": None, "stage_key": None,
+        }  # fmt: skip
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+
+    @property
+    def attempt(self) -> int:
+        return int(self._values["attempt"])
+
+    def write(self, **changes: Any) -> None:
+        with self._lock:
+            self._values.update(changes, heartbeat_ms=now_ms())
+            write_json(self._trial.path / "state.json", self._values)
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_S):
+            try:
+                self.write()
+            except OSError as error:  # a full disk must not end the training that could still free it
+                print(f"heartbeat of trial {self._trial.key} not written: {error}", flush=True)
+
+    def __enter__(self) -> _State:
+        self.write()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if error is None:
+            self.write(state=FINISHED, ended_ms=now_ms())
+            return
+        killed = isinstance(error, (KeyboardInterrupt, SystemExit))
+        try:
+            write_json(self._trial.path / "error.json", _describe(error, self._values))
+            self.write(state=KILLED if killed else FAILED, ended_ms=now_ms())
+        except OSError as second:
+            print(f"state of trial {self._trial.key} not written: {second}", flush=True)
+
+
+def _describe(error: BaseException, state: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "type": type(error).__name__,
+        "message": str(error) or type(error).__name__,
+        "stage": state["stage"],
+        "attempt": state["attempt"],
+        "host": state["host"],
+        "time_ms": now_ms(),
+        "traceback": "".join(traceback.format_exception(error)),
+    }
+
+
+def run_trial(
+    cfg: TrialConfig, key: str, stages: list[tuple[str, str]], storage: Storage, rt: Runtime
+) -> dict[str, Any]:
+    """Run what is missing of a trial and write its result; the result when it was there already.
+
+    A raise is recorded in `error.json`, the state becomes FAILED (KILLED for an interrupt), and it is raised again.
+    """
+    trial = storage.trial(key)
+    if (result := trial.result()) is not None:
+        return result
+    write_json(trial.path / "config.json", cfg.model_dump(mode="json"))
+    dataset = open_data(cfg.data)
+    with _State(trial) as state:
+        done: list[dict[str, Any]] = []
+        merged: dict[str, Any] = {}
+        folders = {name: storage.stage(name, stage_key) for name, stage_key in stages}
+        for name, stage_key in stages:
+            state.write(stage=name, stage_key=stage_key)
+            folder = folders[name]
+            with folder.lock():
+                manifest = folder.manifest()
+                reused = manifest is not None
+                if manifest is None:
+                    start = time.monotonic()
+                    outcome = run_stage(name, cfg, folder, folders, dataset, rt)
+                    manifest = folder.finish(outcome, wall_s=time.monotonic() - start)
+            done.append({"name": name, "key": stage_key, "reused": reused, "wall_s": manifest["wall_s"]})
+            _merge(merged, manifest["result"])
+        result = {
+            **merged, "stages": done, "wall_s": sum(s["wall_s"] for s in done), "finished_ms": now_ms(),
+            "attempt": state.attempt, "host": socket.gethostname(),
+        }  # fmt: skip
+        result.setdefault("metrics", {})
+        write_json(trial.path / "result.json", result)
+    (trial.path / "error.json").unlink(missing_ok=True)
+    return result
+
+
+def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if isinstance(value, dict) and isinstance(into.get(name), dict):
+            into[name] = {**into[name], **value}
+        else:
+            into[name] = value
