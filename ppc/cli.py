@@ -1,0 +1,274 @@
+"""The command line: thin, every command a few calls of the modules below it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+study_app = typer.Typer(help="Launch, watch and resume studies.", no_args_is_help=True)
+data_app = typer.Typer(help="Make and check datasets.", no_args_is_help=True)
+app.add_typer(study_app, name="study")
+app.add_typer(data_app, name="data")
+console = Console()
+
+StorageOption = Annotated[
+    Path, typer.Option("--storage", envvar="PPC_STORAGE", help="Folder that holds everything of a project.")
+]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; repeatable.")]
+TinyOption = Annotated[bool, typer.Option("--tiny", help="Shrink to seconds: generated images, one epoch.")]
+LocalOption = Annotated[bool, typer.Option("--local", help="In this process, without Ray and MLflow.")]
+AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, or `auto`. Default: one on this machine.")]
+CpusOption = Annotated[int | None, typer.Option(help="CPUs of the cluster that is started here.")]
+ConcurrentOption = Annotated[int | None, typer.Option(help="Trials at a time. Default: as many as fit.")]
+TrackingOption = Annotated[
+    str | None, typer.Option(help="MLflow URI, or `none`. Default: MLFLOW_TRACKING_URI, else SQLite in the storage.")
+]
+DEFAULT_STORAGE = Path("ppc-storage")
+
+
+def _storage(path: Path) -> Any:
+    from ppc.artifacts import Storage
+
+    return Storage(path.expanduser().resolve())
+
+
+def _run_defined(definition: dict[str, Any], storage: Any, where: Any) -> None:
+    from ppc.launch import run_study, save
+
+    save(definition, storage)
+    raise typer.Exit(run_study(storage, definition["name"], where, console))
+
+
+@app.command()
+def run(
+    config: Annotated[Path, typer.Argument(help="YAML file of one trial.")],
+    storage: StorageOption = DEFAULT_STORAGE,
+    sets: SetOption = [],  # noqa: B006  (typer wants a plain default)
+    tiny: TinyOption = False,
+    local: LocalOption = False,
+    address: AddressOption = None,
+    num_cpus: CpusOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Run one trial: a study of one row."""
+    from ppc.config import DesignConfig, StudyConfig, Variant
+    from ppc.launch import Where, define
+    from ppc.loading import load_trial
+    from ppc.study import TrialSpec
+
+    trial = load_trial(config, overrides=sets, shrink=tiny)
+    name = config.stem + ("-tiny" if tiny else "")
+    design = DesignConfig(kind="list", variants=[Variant(name=name)])
+    study = StudyConfig(name=name, design=design, trial_seeds=[trial.seed])
+    spec = TrialSpec(name, {}, trial.seed, trial)
+    store = _storage(storage)
+    definition = define(study, [spec], name, store)
+    _run_defined(definition, store, Where(local, address, num_cpus, None, "none" if local else tracking))
+
+
+@study_app.command("launch")
+def study_launch(
+    file: Annotated[Path, typer.Argument(help="YAML file of a study.")],
+    storage: StorageOption = DEFAULT_STORAGE,
+    sets: SetOption = [],  # noqa: B006
+    tiny: TinyOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and stop.")] = False,
+    local: LocalOption = False,
+    address: AddressOption = None,
+    num_cpus: CpusOption = None,
+    max_concurrent: ConcurrentOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Run all trials of a study that have no result yet. Launching again goes on where it stopped."""
+    from ppc.config import TrialConfig
+    from ppc.launch import Where, define
+    from ppc.loading import load_study
+    from ppc.study import baseline, expand
+    from ppc.trial import check_trial
+
+    study = load_study(file, overrides=sets)
+    if tiny:
+        study = study.model_copy(update={"name": f"{study.name}-tiny"})
+    of_trial = [item for item in sets if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
+    specs = expand(study, overrides=of_trial, tiny=tiny, check=check_trial)
+    if dry_run:
+        for spec in specs:
+            factors = ", ".join(f"{path}={value}" for path, value in spec.factors.items())
+            console.print(f"{spec.variant}  seed {spec.seed}  {factors}", highlight=False, soft_wrap=True)
+        console.print(f"{len(specs)} trials", highlight=False)
+        return
+    store = _storage(storage)
+    definition = define(study, specs, baseline(study, specs), store)
+    _run_defined(definition, store, Where(local, address, num_cpus, max_concurrent, "none" if local else tracking))
+
+
+@study_app.command("resume")
+def study_resume(
+    name: str,
+    storage: StorageOption = DEFAULT_STORAGE,
+    local: LocalOption = False,
+    address: AddressOption = None,
+    num_cpus: CpusOption = None,
+    max_concurrent: ConcurrentOption = None,
+    tracking: TrackingOption = None,
+) -> None:
+    """Run the failed and interrupted trials of a study from their last checkpoints, and no other."""
+    from ppc.launch import Where, run_study
+
+    where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking)
+    raise typer.Exit(run_study(_storage(storage), name, where, console))
+
+
+@study_app.command("status")
+def study_status(
+    name: str,
+    storage: StorageOption = DEFAULT_STORAGE,
+    watch: Annotated[bool, typer.Option("--watch", help="Again and again, until no trial runs.")] = False,
+) -> None:
+    """Trials x state, stage, progress and error. Exit code 1 when a trial failed."""
+    from ppc.ledger import FAILED, RUNNING, counts, read_rows
+    from ppc.report import status_table
+
+    store = _storage(storage)
+    study = store.study(name).definition()
+    while True:
+        rows = read_rows(store, study)
+        words = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
+        console.print(status_table(rows, title=f"{name}: {words}"))
+        if not watch or not any(row.state == RUNNING for row in rows):
+            break
+        time.sleep(5)
+    for row in rows:
+        if row.error:
+            where = store.trial(row.key).path / "error.json"
+            console.print(f"{row.label}: {row.error['message']}\n  traceback: {where}", highlight=False, soft_wrap=True)
+    raise typer.Exit(1 if any(row.state == FAILED for row in rows) else 0)
+
+
+@app.command()
+def report(name: str, storage: StorageOption = DEFAULT_STORAGE) -> None:
+    """Print the table of a study and write it as Markdown, CSV and JSON."""
+    from ppc.report import build_report, print_report, write_report
+
+    store = _storage(storage)
+    built = build_report(store, name)
+    files = write_report(built, store.study(name).path / "report")
+    print_report(built, console)
+    console.print(f"report: {files[0]}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def sync(name: str, storage: StorageOption = DEFAULT_STORAGE, tracking: TrackingOption = None) -> None:
+    """Send to MLflow what a launch could not send. Sending twice changes nothing."""
+    from ppc.ledger import read_rows
+    from ppc.tracking import make_tracker
+
+    store = _storage(storage)
+    study = store.study(name).definition()
+    tracker = make_tracker(tracking, store, study, "sync")
+    tracker.sync(read_rows(store, study), final=True)
+    tracker.close()
+    console.print(f"{name} is in the tracker", highlight=False)
+
+
+@app.command()
+def ui(
+    study: Annotated[str | None, typer.Argument(help="Study whose page the link opens.")] = None,
+    storage: StorageOption = DEFAULT_STORAGE,
+    host: str = "127.0.0.1",
+    port: int = 5000,
+) -> None:
+    """Serve this storage's MLflow until Ctrl-C, and print the link."""
+    from ppc.mlflow_server import default_uri, experiment_id, start_ui, study_link
+
+    store = _storage(storage)
+    experiment = None if study is None else experiment_id(store, study, default_uri(store))
+    if study is not None and experiment is None:
+        store.study(study).definition()  # says so when there is no such study
+    with start_ui(store, host, port) as server:
+        console.print(f"MLflow: {study_link(server.url, experiment)}\nCtrl-C ends it", highlight=False, soft_wrap=True)
+        try:
+            server.wait()
+        except KeyboardInterrupt:
+            console.print("stopped")
+
+
+@data_app.command("make-scenes")
+def make_scenes_command(
+    root: Annotated[Path, typer.Argument(help="Folder to make.")],
+    num_classes: int = 5,
+    num_train: int = 240,
+    num_val: int = 60,
+    image_px: int = 112,
+    seed: int = 0,
+) -> None:
+    """Make the built-in generated dataset."""
+    from ppc.data.scenes import make_scenes
+
+    make_scenes(root, num_classes=num_classes, num_train=num_train, num_val=num_val, image_px=image_px, seed=seed)
+    console.print(f"{root}: {num_train} train and {num_val} val images, generated", highlight=False)
+
+
+@data_app.command("check")
+def check(
+    root: Annotated[Path, typer.Argument(help="Folder in the VOC layout.")],
+    splits: Annotated[list[str], typer.Option("--split", help="Split to check; repeatable.")] = ["train", "val"],  # noqa: B006
+    labels: Annotated[str, typer.Option(help="auto, cls_labels, xml or masks.")] = "auto",
+) -> None:
+    """List what is missing or broken, file by file. Exit code 1 when anything is."""
+    from ppc.data import open_dataset
+    from ppc.data.check import check_dataset
+
+    dataset = open_dataset("voc", root, labels=labels)
+    problems = check_dataset(dataset, splits)
+    for problem in problems:
+        console.print(str(problem), highlight=False, soft_wrap=True)
+    sizes = ", ".join(f"{split} {len(dataset.ids(split))}" for split in splits if split in dataset.splits())
+    console.print(f"{root}: {sizes} images; {len(problems)} problem(s)", highlight=False)
+    raise typer.Exit(1 if problems else 0)
+
+
+@app.command()
+def doctor(storage: StorageOption = DEFAULT_STORAGE) -> None:
+    """Say what of this machine a study can use, and what is missing. Exit code 1 when something needed is."""
+    from ppc.doctor import examine
+
+    findings = examine(_storage(storage))
+    for finding in findings:
+        console.print(f"[{'green' if finding.ok else 'red'}]{'ok' if finding.ok else 'MISSING':8}[/]{finding.text}")
+    raise typer.Exit(0 if all(finding.ok or finding.optional for finding in findings) else 1)
+
+
+@app.command()
+def schema(
+    write: Annotated[Path | None, typer.Option(help="Folder to write the schema files to.")] = None,
+    of: Annotated[str, typer.Option(help="study or trial")] = "study",
+) -> None:
+    """Print the JSON schema of experiment files, or write both."""
+    import json
+
+    from ppc.schema import study_schema, trial_schema, write_schemas
+
+    if write is not None:
+        for path in write_schemas(write):
+            console.print(str(path))
+        return
+    print(json.dumps(study_schema() if of == "study" else trial_schema(), indent=2))
+
+
+def main() -> None:
+    """Entry point: what a user can get wrong is one clear message, not a traceback (set PPC_DEBUG=1 for one)."""
+    try:
+        app()
+    except (ValueError, OSError, ImportError) as error:
+        if os.environ.get("PPC_DEBUG"):
+            raise
+        print(f"ppc: {error}", file=sys.stderr)
+        sys.exit(2)

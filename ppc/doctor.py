@@ -1,0 +1,55 @@
+"""What of this machine a study can use."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import os
+import shutil
+from dataclasses import dataclass
+
+from ppc.artifacts import Storage
+
+NEEDED = ("torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "pydensecrf2", "pydantic")
+EXTRAS = {"ray": "studies on a cluster", "mlflow": "the tracker and its UI", "timm": "backbones named timm:MODEL"}
+MIN_FREE_GB = 5.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor's answer."""
+
+    ok: bool
+    text: str
+    optional: bool = False
+
+
+def examine(storage: Storage) -> list[Finding]:
+    """Packages, CPUs, memory, GPUs, storage. Imports what it reports on."""
+    findings = [_package(name, "needed", optional=False) for name in NEEDED]
+    findings += [_package(name, use, optional=True) for name, use in EXTRAS.items()]
+    try:
+        importlib.import_module("pydensecrf.densecrf")
+    except ImportError as error:
+        findings.append(Finding(False, f"pydensecrf does not import ({error}): pip install pydensecrf2"))
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    findings.append(Finding(bool(gpus), f"GPUs: {', '.join(gpus) or 'none; training runs on CPUs'}", optional=True))
+    memory_gb = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    findings.append(Finding(True, f"{os.cpu_count()} CPUs, {memory_gb:.0f} GB memory"))
+    try:
+        storage.check_writable()
+        free_gb = shutil.disk_usage(storage.root).free / 1e9
+        enough = free_gb >= MIN_FREE_GB
+        findings.append(Finding(enough, f"storage {storage.root}: {free_gb:.0f} GB free", optional=True))
+    except ValueError as error:
+        findings.append(Finding(False, str(error)))
+    return findings
+
+
+def _package(name: str, use: str, *, optional: bool) -> Finding:
+    try:
+        return Finding(True, f"{name} {importlib.metadata.version(name)}", optional)
+    except importlib.metadata.PackageNotFoundError:
+        return Finding(False, f"{name} ({use}): pip install {name}", optional)

@@ -1,0 +1,213 @@
+"""Define a study on storage, run what it misses, and say how it stands. Decides nothing about numbers."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+from rich.console import Console
+
+from ppc import __version__
+from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
+from ppc.config import StudyConfig, TrialConfig
+from ppc.ledger import FINISHED, KILLED, RUNNING, TrialRow, counts, missing, read_rows
+from ppc.live import LiveStatus
+from ppc.report import build_report, print_report, write_report
+from ppc.runtime import LocalRuntime
+from ppc.study import TrialSpec
+from ppc.sync_loop import SyncLoop
+from ppc.tracking import make_tracker
+from ppc.trial import Planner, run_trial
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where and how a launch runs; nothing of it changes a number."""
+
+    local: bool = False  # this process, one trial after another, without Ray
+    address: str | None = None  # of a Ray cluster; None starts one on this machine
+    num_cpus: int | None = None  # of the cluster that is started
+    max_concurrent: int | None = None
+    tracking: str | None = None  # MLflow URI, `none`, or None for the storage's own
+
+
+def code_version() -> dict[str, Any]:
+    """Version and commit of this code; the commit is None outside a checkout."""
+    here = Path(__file__).resolve().parent
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return done.stdout.strip()
+
+    return {"version": __version__, "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+
+
+def define(study: StudyConfig, specs: Sequence[TrialSpec], baseline: str, storage: Storage) -> dict[str, Any]:
+    """The study's list of trials with their keys: what `study.json` holds. Reads data and weights, writes nothing.
+
+    Generated scenes are made. All trials that cannot be planned are named in one ValueError.
+    """
+    planner, trials, problems, data = Planner(storage), [], [], {}
+    for spec in specs:
+        try:
+            plan = planner.plan(spec.config)
+        except ValueError as error:
+            problems.append(f"{spec.variant}: {error}")
+            continue
+        section = plan.config.data
+        data[section.root] = {"name": section.name, "root": section.root, "generated": section.name == "scenes"}
+        trials.append(
+            {
+                "key": plan.key, "variant": spec.variant, "variant_key": plan.variant_key, "seed": spec.seed,
+                "factors": spec.factors, "config": plan.config.model_dump(mode="json"),
+                "stages": [{"name": name, "key": key} for name, key in plan.stages],
+                "fingerprint": plan.fingerprint,
+            }
+        )  # fmt: skip
+        data[section.root]["fingerprint"] = plan.fingerprint
+    if problems:
+        raise ValueError("\n".join(dict.fromkeys(problems)))
+    return {
+        "format": FORMAT, "name": study.name, "note": study.note, "metric": study.metric, "baseline": baseline,
+        "factors": list(dict.fromkeys(name for spec in specs for name in spec.factors)), "trials": trials,
+        "trial_seeds": study.trial_seeds, "data": list(data.values()), "created_ms": now_ms(),
+        "code": code_version(), "max_concurrent": study.max_concurrent,
+    }  # fmt: skip
+
+
+def save(definition: dict[str, Any], storage: Storage) -> None:
+    """Write `study.json`. A study of that name that is there keeps its date of creation."""
+    storage.check_writable()
+    folder = storage.study(definition["name"])
+    before = read_json(folder.path / "study.json")
+    if isinstance(before, dict) and "created_ms" in before:
+        definition = {**definition, "created_ms": before["created_ms"]}
+    write_json(folder.path / "study.json", definition)
+
+
+@contextmanager
+def launch_lock(folder: StudyDir) -> Iterator[None]:
+    """One launch of a study at a time; the kernel drops the lock when its holder dies."""
+    folder.path.mkdir(parents=True, exist_ok=True)
+    lock, holder = FileLock(str(folder.path / ".launch.lock")), folder.path / "launch-holder.json"
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        who = read_json(holder) or {}
+        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("since_ms", 0) / 1000))
+        raise ValueError(
+            f"study {folder.name} is being run by pid {who.get('pid', '?')} on {who.get('host', '?')} since {since}; "
+            f"watch it with: ppc study status {folder.name} --watch"
+        ) from error
+    try:
+        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since_ms": now_ms()})
+        yield
+    finally:
+        lock.release()
+
+
+def run_study(storage: Storage, name: str, where: Where, console: Console) -> int:
+    """Run the missing trials of a saved study, then print its table. 0 when all trials have a result, else 1."""
+    folder = storage.study(name)
+    study = folder.definition()
+    with launch_lock(folder):
+        todo = missing(read_rows(storage, study))
+        _say_plan(console, study, read_rows(storage, study), todo)
+        launch_dir = folder.new_launch()
+        tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
+        with SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
+            if todo:
+                with _sigterm_interrupts(), LiveStatus(storage, study, console):
+                    _run(todo, storage, study, launch_dir, where)
+                _mark_killed(storage, todo)
+            report = build_report(storage, name)
+            files = write_report(report, folder.path / "report")
+            loop.finish(files)
+    print_report(report, console)
+    rows = read_rows(storage, study)
+    _say_end(console, storage, study, rows, loop, files)
+    return 0 if all(row.state == FINISHED for row in rows) else 1
+
+
+def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_dir: Path, where: Where) -> None:
+    if not where.local:
+        from ppc.ray_study import cluster, run_rows  # ray is not needed for a local run
+
+        with cluster(where.address, num_cpus=where.num_cpus):
+            run_rows(todo, storage, launch_dir, max_concurrent=where.max_concurrent or study["max_concurrent"])
+        return
+    rt = LocalRuntime(map_processes=1)
+    for row in todo:
+        try:
+            run_trial(
+                TrialConfig.model_validate(row.config),
+                row.key,
+                [(s["name"], s["key"]) for s in row.stages],
+                storage,
+                rt,
+            )
+        except Exception as error:  # recorded in the trial's error.json; the others go on
+            print(f"{row.label}: {type(error).__name__}: {error}", flush=True)
+
+
+@contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    """SIGTERM ends the launch as Ctrl-C does: trials are marked, the table is printed, nothing is lost."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: trials stop; what they finished stays", flush=True)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _mark_killed(storage: Storage, rows: list[TrialRow]) -> None:
+    """The cluster of this launch is gone: a trial of ours that still says RUNNING was killed."""
+    for row in rows:
+        trial = storage.trial(row.key)
+        state = trial.state()
+        if trial.result() is None and state.get("state") == RUNNING and state.get("attempt", 0) > row.attempt:
+            trial.write_state(state=KILLED, ended_ms=now_ms())
+
+
+def _say_plan(console: Console, study: dict[str, Any], rows: list[TrialRow], todo: list[TrialRow]) -> None:
+    have = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
+    console.print(f"study {study['name']}: {len(rows)} trials ({have}); {len(todo)} to run", highlight=False)
+
+
+def _say_end(
+    console: Console, storage: Storage, study: dict[str, Any], rows: list[TrialRow], loop: SyncLoop, files: list[Path]
+) -> None:
+    for row in rows:
+        if row.error:
+            where = storage.trial(row.key).path / "error.json"
+            first = row.error["message"].splitlines()[0]
+            console.print(
+                f"{row.label}: {row.state}: {row.error['type']}: {first}\n  traceback: {where}", highlight=False
+            )
+    flag = f" --storage {storage.root}"
+    if any(row.state != FINISHED for row in rows):
+        console.print(f"run what is missing: ppc study resume {study['name']}{flag}", highlight=False)
+    if loop.problem:
+        console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", highlight=False)
+    console.print(f"report: {files[0]}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow UI: ppc ui {study['name']}{flag}", highlight=False, soft_wrap=True)

@@ -1,0 +1,74 @@
+"""How a study stands while it runs: a live table on a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import threading
+import time
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from ppc.artifacts import Storage
+from ppc.ledger import FINISHED, TrialRow, counts, read_rows
+from ppc.report import status_lines, status_table
+
+REFRESH_S = 1.0
+PLAIN_EVERY_S = 20.0
+
+
+def time_left_s(rows: list[TrialRow], spent_s: float, done_at_start: int) -> float | None:
+    """Seconds until the last trial ends, from the share of work done since the start; None when nothing is known."""
+    finished = sum(row.state == FINISHED for row in rows)
+    part = 0.0
+    for row in rows:
+        if row.stage and row.progress and row.progress["total"]:
+            names = [stage["name"] for stage in row.stages]
+            part += (names.index(row.stage) + row.progress["done"] / row.progress["total"]) / len(names)
+    done = finished + part - done_at_start
+    return spent_s * (len(rows) - finished - part) / done if done > 0.02 else None
+
+
+class LiveStatus:
+    """Shows the rows of a study from a thread of its own until the block ends."""
+
+    def __init__(self, storage: Storage, study: dict[str, Any], console: Console) -> None:
+        self._storage, self._study, self._console = storage, study, console
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._show, daemon=True)
+        self._start = time.monotonic()
+        self._done_at_start = sum(row.state == FINISHED for row in read_rows(storage, study))
+
+    def _headline(self, rows: list[TrialRow]) -> str:
+        spent_s = time.monotonic() - self._start
+        left_s = time_left_s(rows, spent_s, self._done_at_start)
+        words = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
+        left = "?" if left_s is None else f"{left_s / 60:.1f} min"
+        return f"{self._study['name']}: {words}; {spent_s / 60:.1f} min spent, about {left} left"
+
+    def _show(self) -> None:
+        if self._console.is_terminal:
+            with Live(console=self._console, auto_refresh=False) as live:
+                while not self._stop.wait(REFRESH_S):
+                    rows = read_rows(self._storage, self._study)
+                    live.update(status_table(rows, title=self._headline(rows)), refresh=True)
+            return
+        last = 0.0
+        said: dict[str, str] = {}
+        while not self._stop.wait(REFRESH_S):
+            rows = read_rows(self._storage, self._study)
+            states = {row.key: row.state for row in rows}
+            if states != said or time.monotonic() - last > PLAIN_EVERY_S:
+                last, said = time.monotonic(), states
+                print(self._headline(rows), *(f"  {line}" for line in status_lines(rows)), sep="\n", flush=True)
+
+    def __enter__(self) -> LiveStatus:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()

@@ -1,0 +1,97 @@
+"""Ray Tune as the scheduler of a study's missing trials.
+
+A Tuner is disposable: it is given the keys of the trials that have no result, and what happened is read from the
+ledger afterwards. Resuming is launching again.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from ppc.artifacts import Storage
+from ppc.config import TrialConfig
+from ppc.ledger import TrialRow
+from ppc.ray_runtime import RayRuntime, trial_resources
+from ppc.trial import run_trial
+
+QUIET_ENV = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DEDUP_LOGS": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+}
+
+
+@contextmanager
+def cluster(address: str | None, *, num_cpus: int | None = None, temp_dir: str | None = None) -> Iterator[None]:
+    """Connect to a cluster, or start one on this machine when no address is given (never joining one by accident)."""
+    for name, value in QUIET_ENV.items():
+        os.environ.setdefault(name, value)
+    local = address in (None, "local")
+    options: dict[str, Any] = {"address": "local" if local else address, "logging_level": logging.ERROR}
+    if local:
+        options |= {"include_dashboard": False, "num_cpus": num_cpus, "_temp_dir": temp_dir}
+    ray.init(log_to_driver=False, configure_logging=True, **options)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def concurrency(rows: list[TrialRow], limit: int | None) -> int:
+    """How many trials the cluster can train at a time, at most `limit`."""
+    total = ray.cluster_resources()
+    fits = len(rows)
+    for row in rows:
+        for name, amount in trial_resources(TrialConfig.model_validate(row.config).runtime).items():
+            fits = min(fits, max(1, int(total.get(name, 0) // amount)))
+    return max(1, min(fits, limit or fits))
+
+
+def run_rows(rows: list[TrialRow], storage: Storage, launch_dir: Path, *, max_concurrent: int | None) -> None:
+    """Run trials of the ledger; returns when each has a result or an error, or when interrupted."""
+    trials = {row.key: (row.config, [(s["name"], s["key"]) for s in row.stages]) for row in rows}
+    # No CPU: a driver waits while its tasks work. Ray wants some resource, and a driver belongs on the head.
+    resources = {"cpu": 0, "node:__internal_head__": 0.001}
+    trainable = tune.with_resources(
+        tune.with_parameters(_drive, trials=trials, root=str(storage.root), scratch=str(launch_dir / "train")),
+        resources,
+    )
+    tuner = tune.Tuner(
+        trainable,
+        param_space={"key": tune.grid_search(list(trials))},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=concurrency(rows, max_concurrent),
+            reuse_actors=True,
+            trial_dirname_creator=lambda trial: trial.trial_id,
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=str(launch_dir),
+            verbose=0,
+            # A raise inside a trial is recorded by the trial itself; this is for a driver process that dies.
+            failure_config=tune.FailureConfig(max_failures=1),
+        ),
+    )
+    tuner.fit()
+
+
+def _drive(config: dict[str, Any], trials: dict[str, Any], root: str, scratch: str) -> None:
+    """The trial's driver, in a process of its own. Its raise is in the ledger; Tune is told of the end alone."""
+    data, stages = trials[config["key"]]
+    try:
+        run_trial(TrialConfig.model_validate(data), config["key"], stages, Storage(Path(root)), RayRuntime(scratch))
+        tune.report({"finished": 1})
+    except Exception:
+        tune.report({"finished": 0})

@@ -1,0 +1,184 @@
+"""What a tracker is told of a study: names, tags and points, made from rows and journals. Knows no tracker."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Iterator, Sequence
+from io import StringIO
+from pathlib import Path
+from statistics import fmean
+from typing import Any, NamedTuple
+
+from ruamel.yaml import YAML
+
+from ppc.artifacts import read_journal
+from ppc.ledger import TrialRow
+
+# Told apart by most eyes, and in this order far from their neighbours.
+COLOURS = (
+    "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3db8", "#8c6d31", "#c1121f", "#4d4d4d",
+    "#2a9d8f", "#b5179e",
+)  # fmt: skip
+
+
+class Point(NamedTuple):
+    """One value of a metric."""
+
+    name: str
+    value: float
+    time_ms: int
+    step: int
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value can be a metric: MLflow would store infinity as 1.8e308 and NaN as 0."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def metric_name(name: str) -> str:
+    """A name that MLflow takes: other characters than letters, digits and `_-.: ` become `_`, no empty parts."""
+    parts = [re.sub(r"[^\w\-.: ]", "_", part) for part in name.split("/")]
+    return "/".join(part for part in parts if part.strip(". ")) or "unnamed"
+
+
+def image_name(name: str) -> str:
+    """A name that MLflow takes for an image."""
+    return re.sub(r"[^a-zA-Z0-9_\-.]", "_", name)
+
+
+def code_tags(study: dict[str, Any]) -> dict[str, str]:
+    """Tags of every run of a study: the code it was launched with, and by whom."""
+    code = study.get("code") or {}
+    tags = {"mlflow.source.name": "ppc", "mlflow.source.type": "LOCAL", "ppc.study": study["name"]}
+    tags["ppc.version"] = str(code.get("version"))
+    if code.get("commit"):
+        tags |= {"mlflow.source.git.commit": code["commit"], "ppc.dirty": str(bool(code.get("dirty"))).lower()}
+    if os.environ.get("USER"):
+        tags["mlflow.user"] = os.environ["USER"]
+    return tags
+
+
+def data_of(row: TrialRow, study: dict[str, Any]) -> list[dict[str, Any]]:
+    """The datasets of the study that a trial uses."""
+    root = row.config.get("data", {}).get("root")
+    return [data for data in study["data"] if len(study["data"]) == 1 or data["root"] == root]
+
+
+def trial_tags(row: TrialRow, study: dict[str, Any], host: str | None) -> dict[str, str]:
+    """Tags of a trial's run, as its files say now."""
+    variants = list(dict.fromkeys(entry["variant"] for entry in study["trials"]))
+    tags = {
+        "ppc.kind": "trial", "ppc.trial_key": row.key, "ppc.variant": row.variant, "ppc.variant_key": row.variant_key,
+        "ppc.attempt": str(row.attempt), "ppc.state": row.state,
+        "mlflow.runColor": COLOURS[variants.index(row.variant) % len(COLOURS)], **code_tags(study),
+    }  # fmt: skip
+    if host:
+        tags["ppc.host"] = host
+    if row.reused:
+        tags["ppc.reused"] = "true"
+    for data in data_of(row, study):
+        tags[f"ppc.data.{data['name']}"] = data["fingerprint"]
+    if row.error is not None:
+        tags["ppc.error"] = f"{row.error['type']}: {row.error['message']}"[:1000]
+        tags["ppc.error_stage"] = str(row.error.get("stage"))
+    if row.result is not None:
+        tags |= {f"ppc.{name}": str(row.result[name]) for name in ("protocol", "absent_classes") if name in row.result}
+        bad = sorted(name for name, value in row.result["metrics"].items() if not is_number(value))
+        if bad:
+            tags["ppc.not_finite"] = ", ".join(bad)
+    return tags
+
+
+def trial_params(row: TrialRow) -> dict[str, str]:
+    """The study's factors and the seed: the image grid of the UI prints all of them in each header."""
+    factors = {name: v if isinstance(v, str) else json.dumps(v) for name, v in row.factors.items()}
+    return {**{metric_name(name): value for name, value in factors.items()}, "seed": str(row.seed)}
+
+
+def config_yaml(config: dict[str, Any]) -> str:
+    """A config as YAML that `ppc run` takes."""
+    text = StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.dump(config, text)
+    return text.getvalue()
+
+
+def new_points(path: Path, mark: Sequence[int]) -> tuple[list[Point], list[int]]:
+    """Points of a journal after a mark (byte offset, last step), and the mark after them.
+
+    A journal that is shorter than the mark was written anew: its steps up to the last one were sent before, with
+    numbers that the stage's key decides, so they are passed over.
+    """
+    offset, last_step = mark
+    try:
+        fresh = path.exists() and path.stat().st_size < offset
+        points, end = read_journal(path, 0 if fresh else offset)
+    except ValueError:  # in the middle of a line: written anew, and longer by now
+        points, end = read_journal(path, 0)
+    found = [
+        Point(name, float(value), int(point["t"]), int(point["step"]))
+        for point in points
+        if point["step"] > last_step
+        for name, value in point["m"].items()
+    ]
+    return found, [end, max([last_step, *(point["step"] for point in points)])]
+
+
+def result_points(result: dict[str, Any], metric: str) -> list[Point]:
+    """Points of a trial's result; its time is that of the result, so sending it twice changes nothing."""
+    t = int(result["finished_ms"])
+    points = [Point(f"final/{name}", value, t, 0) for name, value in result["metrics"].items()]
+    points.append(Point("cost/wall_s", result["wall_s"], t, 0))
+    points += [Point(f"cost/{stage['name']}_s", stage["wall_s"], t, 0) for stage in result.get("stages", [])]
+    for split, curve in result.get("curves", {}).items():
+        pairs = zip(curve["thresholds"], curve["miou"], strict=True)
+        points += [Point(f"curve/miou_{split}", miou, t, round(threshold * 100)) for threshold, miou in pairs]
+    by_class = result.get("per_class_iou", {})
+    if by_class:  # of the label map that decides, else of the last one
+        name = metric.replace("_miou_", "_")
+        chosen = by_class.get(name, list(by_class.values())[-1])
+        points += [Point("profile/class_iou_by_id", iou, t, number) for number, iou in enumerate(chosen)]
+    return [point for point in points if is_number(point.value)]
+
+
+def class_table(result: dict[str, Any]) -> dict[str, Any] | None:
+    """IoU per class and label map, in the form that MLflow shows as a table."""
+    by_class = result.get("per_class_iou")
+    if not by_class:
+        return None
+    names = result.get("class_names") or [str(i) for i in range(len(next(iter(by_class.values()))))]
+    rows = [[name, *(values[i] for values in by_class.values())] for i, name in enumerate(names)]
+    return {"columns": ["class", *by_class], "data": rows}
+
+
+def axis_curves(study: dict[str, Any], rows: Sequence[TrialRow], final: bool) -> Iterator[tuple[str, list[Point]]]:
+    """(variant, its points): the mean over seeds of each metric, step = the variant's value on the study's only axis.
+
+    Nothing where the study has not exactly one numeric factor. A variant comes when its last trial has a result, since
+    a mean that is sent cannot be taken back; at the end, all come that have any. Values that are not whole numbers
+    give their place on the axis.
+    """
+    factors = study["factors"]
+    values = {row.variant: row.factors.get(factors[0]) for row in rows} if len(factors) == 1 else {}
+    if not values or not all(is_number(value) for value in values.values()):
+        return
+    order = sorted({float(str(value)) for value in values.values()})
+    whole = all(value.is_integer() for value in order)
+    for variant, value in values.items():
+        mine = [row for row in rows if row.variant == variant]
+        results = [row.result for row in mine if row.result is not None]
+        if not results or not (final or len(results) == len(mine)):
+            continue
+        place = float(str(value))
+        step = int(place) if whole else order.index(place)
+        t = max(int(result["finished_ms"]) for result in results)
+        found: dict[str, list[float]] = {}
+        for result in results:
+            for name, number in result["metrics"].items():
+                if is_number(number):
+                    found.setdefault(name, []).append(number)
+        yield variant, [Point(f"curve/{name}", fmean(numbers), t, step) for name, numbers in found.items()]

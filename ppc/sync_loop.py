@@ -1,0 +1,126 @@
+"""Telling a tracker of a study while it runs, from a thread that nothing waits for. Knows no MLflow."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from ppc.ledger import TrialRow
+
+EVERY_S = 3.0
+LONGEST_WAIT_S = 30.0
+FLUSH_S = 60.0
+
+
+class Tracker(Protocol):
+    """Where trials are recorded. Any method may raise; nothing it does reaches a trial."""
+
+    def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
+        """Send what is new. `final`: the launch has ended."""
+
+    def attach(self, paths: Sequence[Path]) -> None:
+        """Add files (the report) to the record of the launch; a `report.md` becomes the study's note too."""
+
+    def close(self) -> None:
+        """Let go of connections."""
+
+
+class NoTracker:
+    """Records nothing."""
+
+    def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
+        """See `Tracker.sync`."""
+
+    def attach(self, paths: Sequence[Path]) -> None:
+        """See `Tracker.attach`."""
+
+    def close(self) -> None:
+        """See `Tracker.close`."""
+
+
+class SyncLoop:
+    """Keeps a tracker up to date from a daemon thread. An error is said once, and what failed is tried again.
+
+    As a context manager it starts at once, and sends what is left when the block ends (after an error: briefly).
+    """
+
+    def __init__(
+        self,
+        tracker: Tracker,
+        rows: Callable[[], Sequence[TrialRow]],
+        *,
+        every_s: float = EVERY_S,
+        longest_wait_s: float = LONGEST_WAIT_S,
+        say: Callable[[str], None] = lambda text: print(text, flush=True),
+    ) -> None:
+        self._tracker, self._rows, self._say = tracker, rows, say
+        self._every_s, self._longest_wait_s = every_s, longest_wait_s
+        self._ending, self._ended = threading.Event(), False
+        self._deadline = 0.0
+        self._files: list[Path] = []
+        self._thread = threading.Thread(target=self._run, name="ppc-tracking", daemon=True)
+        self.errors = 0
+        self.last_error: str | None = None  # of the last try; None when it succeeded
+        self.problem: str | None = None  # after the end: what the tracker has not got
+
+    def start(self) -> None:
+        """Begin to send."""
+        self._thread.start()
+
+    def finish(self, files: Sequence[Path] = (), *, flush_s: float = FLUSH_S) -> bool:
+        """Send the rest and the files; True when all went. Returns within about `flush_s`, whatever the server does."""
+        self._files, self._deadline = list(files), time.monotonic() + flush_s
+        self._ending.set()
+        self._thread.join(flush_s)
+        if self._thread.is_alive() and self.last_error is None:
+            self.last_error = f"no answer within {flush_s:.0f} s"
+        if not self._ended:
+            self.problem = f"the tracker has not got everything: {self.last_error}. The files have it all."
+        return self.problem is None
+
+    def _run(self) -> None:
+        wait_s = 0.0
+        while not self._ending.wait(wait_s):
+            if self._try(lambda: self._tracker.sync(self._rows())):
+                wait_s = self._every_s
+            else:
+                wait_s = min(self._longest_wait_s, max(1.0, 2 * wait_s))
+        while not self._try(self._send_last):
+            if time.monotonic() + 1.0 > self._deadline:
+                return
+            time.sleep(1.0)
+        self._ended = True
+
+    def _send_last(self) -> None:
+        self._tracker.sync(self._rows(), final=True)
+        self._tracker.attach(self._files)
+        self._tracker.close()
+
+    def _try(self, send: Callable[[], None]) -> bool:
+        try:
+            send()
+        except Exception as error:  # the study goes on, whatever a tracker raises
+            self.errors += 1
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            if self.last_error is None and not self._ending.is_set():
+                self._say(f"tracking: {text}; the study goes on, and this is sent later")
+            self.last_error = text
+            return False
+        if self.last_error is not None and not self._ending.is_set():
+            self._say("tracking: works again")
+        self.last_error = None
+        return True
+
+    def __enter__(self) -> SyncLoop:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._ending.is_set():
+            self.finish(flush_s=FLUSH_S if error is None else 10.0)
