@@ -134,14 +134,17 @@ def study_status(
 ) -> None:
     """Trials x state, stage, progress and error. Exit code 1 when a trial failed."""
     from ppc.ledger import FAILED, RUNNING, counts, read_rows
-    from ppc.report import status_table
+    from ppc.report import status_lines, status_table
 
     store = _storage(storage)
     study = store.study(name).definition()
     while True:
         rows = read_rows(store, study)
         words = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
-        console.print(status_table(rows, title=f"{name}: {words}"))
+        if console.is_terminal:
+            console.print(status_table(rows, title=f"{name}: {words}"))
+        else:
+            print(f"{name}: {words}", *(f"  {line}" for line in status_lines(rows)), sep="\n")
         if not watch or not any(row.state == RUNNING for row in rows):
             break
         time.sleep(5)
@@ -165,15 +168,36 @@ def report(name: str, storage: StorageOption = DEFAULT_STORAGE) -> None:
 
 
 @app.command()
+def figure(
+    name: str,
+    out: Annotated[Path, typer.Argument(help="PNG file to write.")],
+    storage: StorageOption = DEFAULT_STORAGE,
+    variant: Annotated[str | None, typer.Option(help="Row of the table. Default: the first.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Default: the first.")] = None,
+    images: Annotated[list[str], typer.Option("--image", help="Image id; repeatable.")] = [],  # noqa: B006
+) -> None:
+    """Draw image, CAM, seed, mask and truth of a trial."""
+    from ppc.gallery import gallery, pick_row, save_picture
+    from ppc.ledger import read_rows
+
+    store = _storage(storage)
+    row = pick_row(read_rows(store, store.study(name).definition()), variant, seed)
+    save_picture(gallery(store, row, images), out)
+    console.print(f"{out}: {row.label}", highlight=False)
+
+
+@app.command()
 def sync(name: str, storage: StorageOption = DEFAULT_STORAGE, tracking: TrackingOption = None) -> None:
     """Send to MLflow what a launch could not send. Sending twice changes nothing."""
     from ppc.ledger import read_rows
+    from ppc.report import build_report, write_report
     from ppc.tracking import make_tracker
 
     store = _storage(storage)
     study = store.study(name).definition()
-    tracker = make_tracker(tracking, store, study, "sync")
+    tracker = make_tracker(tracking, store, study, None)
     tracker.sync(read_rows(store, study), final=True)
+    tracker.attach(write_report(build_report(store, name), store.study(name).path / "report"))
     tracker.close()
     console.print(f"{name} is in the tracker", highlight=False)
 
@@ -265,9 +289,11 @@ def schema(
 
 def main() -> None:
     """Entry point: what a user can get wrong is one clear message, not a traceback (set PPC_DEBUG=1 for one)."""
+    from ppc.mlflow_server import TrackingError
+
     try:
         app()
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, TrackingError) as error:
         if os.environ.get("PPC_DEBUG"):
             raise
         print(f"ppc: {error}", file=sys.stderr)

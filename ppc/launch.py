@@ -200,10 +200,7 @@ def _say_end(
     for row in rows:
         if row.error:
             where = storage.trial(row.key).path / "error.json"
-            first = row.error["message"].splitlines()[0]
-            console.print(
-                f"{row.label}: {row.state}: {row.error['type']}: {first}\n  traceback: {where}", highlight=False
-            )
+            console.print(f"traceback of {row.label}: {where}", highlight=False, soft_wrap=True)
     flag = f" --storage {storage.root}"
     if any(row.state != FINISHED for row in rows):
         console.print(f"run what is missing: ppc study resume {study['name']}{flag}", highlight=False)

@@ -4,30 +4,38 @@ from __future__ import annotations
 
 import threading
 import time
+from statistics import fmean
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 
-from ppc.artifacts import Storage
-from ppc.ledger import FINISHED, TrialRow, counts, read_rows
+from ppc.artifacts import Storage, now_ms
+from ppc.ledger import FAILED, FINISHED, RUNNING, TrialRow, counts, read_rows
 from ppc.report import status_lines, status_table
 
 REFRESH_S = 1.0
 PLAIN_EVERY_S = 20.0
 
 
-def time_left_s(rows: list[TrialRow], spent_s: float, done_at_start: int) -> float | None:
-    """Seconds until the last trial ends, from the share of work done since the start; None when nothing is known."""
-    finished = sum(row.state == FINISHED for row in rows)
-    part = 0.0
-    for row in rows:
-        if row.stage and row.progress and row.progress["total"]:
-            names = [stage["name"] for stage in row.stages]
-            part += (names.index(row.stage) + row.progress["done"] / row.progress["total"]) / len(names)
-    done = finished + part - done_at_start
-    return spent_s * (len(rows) - finished - part) / done if done > 0.02 else None
+def time_left_s(rows: list[TrialRow]) -> float | None:
+    """Seconds until the last trial ends; None when nothing is known.
+
+    A trial takes as long as the finished ones took; before any has, at least as long as its running stage says.
+    """
+    running = [row for row in rows if row.state == RUNNING]
+    if not running:
+        return None
+    spent = {row.key: (now_ms() - (row.started_ms or now_ms())) / 1000 for row in running}
+    stage_left = {row.key: float((row.progress or {}).get("left_s") or 0) for row in running}
+    walls = [row.result["wall_s"] for row in rows if row.result and not row.reused]
+    one_s = fmean(walls) if walls else max(spent[row.key] + stage_left[row.key] for row in running)
+    if not walls and not any(stage_left.values()):
+        return None
+    waiting = sum(row.state not in (FINISHED, RUNNING, FAILED) for row in rows)
+    here = [max(one_s - spent[row.key], stage_left[row.key]) for row in running]
+    return max(max(here), (sum(here) + waiting * one_s) / len(running))
 
 
 class LiveStatus:
@@ -38,11 +46,10 @@ class LiveStatus:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
         self._start = time.monotonic()
-        self._done_at_start = sum(row.state == FINISHED for row in read_rows(storage, study))
 
     def _headline(self, rows: list[TrialRow]) -> str:
         spent_s = time.monotonic() - self._start
-        left_s = time_left_s(rows, spent_s, self._done_at_start)
+        left_s = time_left_s(rows)
         words = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
         left = "?" if left_s is None else f"{left_s / 60:.1f} min"
         return f"{self._study['name']}: {words}; {spent_s / 60:.1f} min spent, about {left} left"

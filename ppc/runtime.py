@@ -6,16 +6,19 @@ function is called as `worker(payload, device)` with torch.distributed set up wh
 
 from __future__ import annotations
 
+import pickle
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
 from ppc.config import RuntimeConfig
 
@@ -69,8 +72,17 @@ class LocalRuntime:
             worker(payload, _device(0))
             return
         with tempfile.TemporaryDirectory() as folder:
-            arguments = (worker, payload, cfg.workers, cfg.cpus_per_worker, f"file://{Path(folder) / 'rendezvous'}")
-            spawn(_spawned, args=arguments, nprocs=cfg.workers)  # type: ignore[no-untyped-call]
+            arguments = (worker, payload, cfg.workers, cfg.cpus_per_worker, folder)
+            context = spawn(_spawned, args=arguments, nprocs=cfg.workers, join=False)  # type: ignore[no-untyped-call]
+            try:
+                while not context.join():
+                    pass
+            except ProcessRaisedException as error:
+                raise _first_raise(Path(folder)) or error from error
+            finally:  # an interrupt must not leave workers that train on
+                for process in context.processes:
+                    process.kill()
+                    process.join()
 
     def map(
         self,
@@ -95,10 +107,14 @@ class LocalRuntime:
             context = get_context("spawn")
             with ProcessPoolExecutor(self.map_processes, context, set_threads, (1,)) as pool:
                 futures = {pool.submit(function, shared, part): i for i, part in enumerate(parts)}
-                for future in as_completed(futures):
-                    index = futures[future]
-                    results[index] = future.result()
-                    done(finished := finished + len(parts[index]))
+                try:
+                    for future in as_completed(futures):
+                        index = futures[future]
+                        results[index] = future.result()
+                        done(finished := finished + len(parts[index]))
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
         return [value for part in results for value in part]
 
 
@@ -106,12 +122,27 @@ def _device(index: int) -> torch.device:
     return torch.device("cuda", index) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _spawned(rank: int, worker: TrainWorker, payload: Any, world_size: int, cpus: float, rendezvous: str) -> None:
+def _spawned(rank: int, worker: TrainWorker, payload: Any, world_size: int, cpus: float, folder: str) -> None:
     set_threads(cpus)
     gpus = torch.cuda.device_count()
     backend = "nccl" if gpus >= world_size else "gloo"
+    rendezvous = f"file://{Path(folder) / 'rendezvous'}"
     dist.init_process_group(backend, init_method=rendezvous, rank=rank, world_size=world_size)
     try:
         worker(payload, _device(rank) if backend == "nccl" else torch.device("cpu"))
+    except Exception as error:
+        with suppress(Exception):  # what cannot be pickled is raised in the parent as torch's wrapper with its text
+            blob = pickle.dumps(error)
+            (Path(folder) / f"raised-{time.time_ns():020d}-{rank}").write_bytes(blob)
+        raise
     finally:
         dist.destroy_process_group()
+
+
+def _first_raise(folder: Path) -> Exception | None:
+    """What was raised first: the workers that waited for that one raise too, and say nothing of the cause."""
+    for path in sorted(folder.glob("raised-*")):
+        with suppress(Exception):
+            error: Exception = pickle.loads(path.read_bytes())
+            return error
+    return None

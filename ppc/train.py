@@ -56,6 +56,12 @@ def sum_over_workers(tensors: Sequence[Tensor]) -> None:
         tensor.copy_(part.view_as(tensor))
 
 
+def wait_for_workers() -> None:
+    """Return when all workers are here."""
+    if world_size() > 1:
+        dist.barrier()
+
+
 @dataclass(frozen=True)
 class Job:
     """What is trained: `losses` gives this worker's share of the loss and of each named term of the global batch."""
@@ -76,6 +82,7 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
     Stopped after any epoch and started again it ends with the same weights, bit for bit on a CPU.
     """
     job.net.to(device).train()
+    wait_for_workers()  # the first may have waited for another process of this stage: look at checkpoints after that
     start = _load_newest(job, stage, device)
     journal = Journal(stage / "journal.jsonl") if rank() == 0 else None
     progress = Progress(stage / "progress.json", total=job.epochs * job.steps_per_epoch, unit="step")
@@ -88,8 +95,7 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
     finally:
         if journal:
             journal.close()
-    if world_size() > 1:
-        dist.barrier()
+    wait_for_workers()
 
 
 def _epoch(
@@ -149,11 +155,13 @@ def _load_newest(job: Job, stage: StageDir, device: torch.device) -> int:
     for path in checkpoints(stage):
         try:
             state = torch.load(path, map_location=device, weights_only=True)
-            if state["key"] != stage.key:
-                raise ValueError(f"{path} belongs to stage key {state['key']}, not {stage.key}")
-            job.net.load_state_dict(state["net"])
-            job.optimizer.load_state_dict(state["optimizer"])
-            return int(state["epoch"])
+            key, epoch, net, optimizer = (state[name] for name in ("key", "epoch", "net", "optimizer"))
         except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
             print(f"checkpoint {path} is damaged ({type(error).__name__}); taking the one before", flush=True)
+            continue
+        if key != stage.key:
+            raise ValueError(f"{path} belongs to stage key {key}, not {stage.key}; delete {path.parent}")
+        job.net.load_state_dict(net)
+        job.optimizer.load_state_dict(optimizer)
+        return int(epoch)
     return 0

@@ -195,8 +195,8 @@ def run_trial(
     if (result := trial.result()) is not None:
         return result
     write_json(trial.path / "config.json", cfg.model_dump(mode="json"))
-    dataset = open_data(cfg.data)
     with _State(trial) as state:
+        dataset = open_data(cfg.data)  # in here: data that went away since the planning is this trial's error too
         done: list[dict[str, Any]] = []
         merged: dict[str, Any] = {}
         folders = {name: storage.stage(name, stage_key) for name, stage_key in stages}

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ppc.data.labels import DataError
 from ppc.data.scene_draw import MAX_CLASSES, draw_scene
+from ppc.figures import VOC_PALETTE
 from ppc.seeding import derive_seed
 
 GENERATOR_VERSION = 1  # raise it when a pixel of any scene changes
@@ -128,16 +129,7 @@ def _write_scene(
     scene = draw_scene(rng, num_classes=num_classes, image_px=image_px, first_class=index % num_classes)
     Image.fromarray(scene.image_HW3).save(root / f"JPEGImages/{image_id}.jpg", quality=95, subsampling=0)
     mask = Image.fromarray(scene.mask_HW)
-    mask.putpalette(voc_palette())
+    mask.putpalette(VOC_PALETTE.tobytes())
     mask.save(root / f"SegmentationClass/{image_id}.png")
     Image.fromarray(scene.saliency_HW).save(root / f"SALImages/{image_id}.png")
     return np.isin(np.arange(1, num_classes + 1), scene.mask_HW).astype(np.float32)
-
-
-def voc_palette() -> list[int]:
-    """VOC's 256 colours as a flat list of RGB: the bits of an index, three by three, from the top bit down."""
-    palette = []
-    for index in range(256):
-        for channel in range(3):
-            palette.append(sum((index >> (3 * place + channel) & 1) << (7 - place) for place in range(3)))
-    return palette

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from ppc.artifacts import Progress
 from ppc.data import VocLayout
+from ppc.figures import read_palette_png
 from ppc.metrics import confusion, iou, miou
 from ppc.stages.context import StageContext
 
@@ -61,8 +61,7 @@ def count_chunk(shared: Shared, ids: Sequence[str]) -> list[Any]:
     """Confusion counts of some images."""
     counts = []
     for image_id in ids:
-        with Image.open(shared.folder / f"{image_id}.png") as image:
-            predicted = np.asarray(image)
+        predicted = read_palette_png(shared.folder / f"{image_id}.png")
         mask = shared.dataset.mask(image_id, split=shared.split)
         counts.append(confusion(predicted, mask, shared.dataset.num_classes + 1))
     return counts

@@ -5,10 +5,12 @@ Products: `cams/ID.npz` (keys K, cam (K,H,W) float32 of the image's own classes)
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from ppc.nets import CamNet
 from ppc.optim import effective_momentum, make_sgd, param_groups
 from ppc.prototypes import Workers
 from ppc.stages.context import StageContext
-from ppc.train import Job, checkpoints, fit, gather, rank, world_size
+from ppc.train import Job, fit, gather, rank, world_size
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Train on the cluster or here; the last checkpoint becomes the weights."""
     cfg, folder, dataset = context.cfg, context.folder, context.dataset
     context.rt.train(worker, Payload(cfg, folder, dataset), cfg.runtime)
-    for path in checkpoints(folder):
-        path.unlink()
+    shutil.rmtree(folder / "checkpoints")  # with what killed writers left there
     return {
         "class_names": ["background", *dataset.class_names],
         "counts": {cfg.data.train_split: len(dataset.ids(cfg.data.train_split))},
@@ -120,6 +121,6 @@ def load_net(cfg_json: str, num_fg: int, path: Path, device: torch.device) -> tu
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         net.load_state_dict(state["net"])
-    except (RuntimeError, EOFError, OSError, KeyError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
         raise ValueError(f"{path} does not hold this trial's net ({error}); delete its folder and run again") from error
     return net.to(device).eval(), Normalisation.from_dict(state["normalisation"])

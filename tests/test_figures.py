@@ -1,0 +1,89 @@
+"""Palette PNGs, overlays and rows of pictures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ppc.figures import VOC_PALETTE, contact_row, heat, overlay, palette_png, read_palette_png, square
+
+
+def test_palette_has_vocs_colours() -> None:
+    assert VOC_PALETTE[[0, 1, 2, 3, 15, 20, 255]].tolist() == [
+        [0, 0, 0], [128, 0, 0], [0, 128, 0], [128, 128, 0], [192, 128, 128], [0, 64, 128], [224, 224, 192],
+    ]  # fmt: skip
+    assert len({tuple(colour) for colour in VOC_PALETTE.tolist()}) == 256
+
+
+def test_palette_png_keeps_every_label(tmp_path: Path) -> None:
+    label_HW = np.arange(256, dtype=np.int64).reshape(8, 32)
+    palette_png(label_HW, tmp_path / "a" / "x.png")
+    assert (read_palette_png(tmp_path / "a" / "x.png") == label_HW).all()
+    with Image.open(tmp_path / "a" / "x.png") as image:
+        assert image.mode == "P"
+        assert (np.asarray(image.convert("RGB")) == VOC_PALETTE[label_HW]).all()
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["x.png"]
+
+
+@pytest.mark.parametrize("label_HW", [np.full((2, 2), 256), np.full((2, 2), -1), np.zeros((2, 2, 3), int)])
+def test_palette_png_refuses_what_it_cannot_hold(label_HW: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"x\.png"):
+        palette_png(label_HW, tmp_path / "x.png")
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_reading_a_colour_image_as_labels_is_refused(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "rgb.png")
+    with pytest.raises(ValueError, match="mode P or L"):
+        read_palette_png(tmp_path / "rgb.png")
+
+
+def test_heat_gets_lighter_all_the_way() -> None:
+    luma = heat(np.linspace(0, 1, 101)[None])[0] @ np.array([0.2126, 0.7152, 0.0722])
+    assert (np.diff(luma) > -0.5).all()
+    assert luma[-1] - luma[0] > 150
+
+
+def test_overlay_changes_only_where_the_cam_answers() -> None:
+    image_HW3 = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    before = image_HW3.copy()
+    cam_HW = np.zeros((6, 9))
+    cam_HW[2:4, 3:6] = 1.0
+    out_HW3 = overlay(image_HW3, cam_HW, strength=1.0)
+    assert (out_HW3[cam_HW == 0] == image_HW3[cam_HW == 0]).all()
+    assert (out_HW3[cam_HW == 1] == heat(np.ones((1, 1)))[0, 0]).all()
+    assert (image_HW3 == before).all()
+
+
+def test_overlay_stretches_a_small_cam_and_survives_nan() -> None:
+    out_HW3 = overlay(np.zeros((8, 12, 3), np.uint8), np.array([[np.nan, 1.0], [0.0, 2.0]]))
+    assert out_HW3.shape == (8, 12, 3)
+    assert out_HW3[0, 0].sum() == 0 < out_HW3[-1, -1].sum()
+
+
+def test_overlay_refuses_a_float_image() -> None:
+    with pytest.raises(ValueError, match="uint8"):
+        overlay(np.zeros((4, 4, 3)), np.zeros((4, 4)))
+
+
+def test_square_keeps_the_whole_image() -> None:
+    image_HW3 = np.random.default_rng(1).integers(0, 255, (4, 10, 3), dtype=np.uint8)
+    out = square(image_HW3)
+    assert out.shape == (10, 10, 3)
+    assert (out[3:7] == image_HW3).all()
+    assert (out[:3] == 255).all()
+
+
+def test_contact_row_holds_each_picture_at_one_height() -> None:
+    red = np.zeros((10, 20, 3), np.uint8)
+    red[..., 0] = 255
+    row = contact_row([red, np.full((30, 30), 1)], ["CAM", "seed"], height_px=40, gap_px=5)
+    assert row.shape == (40 + 10 + 16, 5 + 80 + 5 + 40 + 5, 3)
+    assert (row[5:45, 5:85] == [255, 0, 0]).all()
+    assert (row[5:45, 90:130] == VOC_PALETTE[1]).all()
+    assert (row[46:, 5:85] < 128).any()  # its label
+    with pytest.raises(ValueError, match="2 labels"):
+        contact_row([red], ["a", "b"])

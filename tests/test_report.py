@@ -1,0 +1,176 @@
+"""The table of a study against numbers worked out by hand, and what it says of trials that have none."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+from pathlib import Path
+
+import pytest
+from fake_study import FakeStudy
+from rich.console import Console
+
+from ppc.artifacts import Storage, write_json
+from ppc.report import build_report, duration, markdown, print_report, status_lines, status_table, write_report
+
+
+@pytest.fixture
+def fake(tmp_path: Path) -> FakeStudy:
+    """K = 0, 4, 32 with seeds 0, 1, 2: one failed at K=4, two missing at K=32."""
+    study = FakeStudy(tmp_path, ks=(0, 4, 32), seeds=(0, 1, 2))
+    for index, miou in enumerate((0.40, 0.42, 0.47)):
+        study.finish(index, miou, bg_score=0.2 + 0.05 * index, wall_s=100 + 50 * index)
+    study.finish(3, 0.50)
+    study.start(4)
+    study.fail(4)
+    study.finish(5, 0.51)
+    study.finish(7, 0.44)
+    study.start(6)
+    return study
+
+
+def printed(fake: FakeStudy, **how: object) -> str:
+    out = io.StringIO()
+    print_report(build_report(fake.storage, "demo"), Console(file=out, **how))  # type: ignore[arg-type]
+    return out.getvalue()
+
+
+def test_numbers_as_by_hand(fake: FakeStudy) -> None:
+    base, four, many = build_report(fake.storage, "demo").lines
+    assert (base.n, base.baseline, base.best, base.diff_mean) == (3, True, False, None)
+    assert base.mean == pytest.approx(0.43, abs=1e-12)
+    assert base.std == pytest.approx(math.sqrt((0.03**2 + 0.01**2 + 0.04**2) / 2), abs=1e-12)
+    assert base.bg_score == pytest.approx(0.25)
+    assert base.trial_s == pytest.approx(150)
+    # K=4 has seeds 0 and 2: differences 0.10 and 0.04, to the same seeds of the baseline
+    assert (four.n, four.pairs, four.best, four.seeds) == (2, 2, True, [0, 2])
+    assert four.mean == pytest.approx(0.505)
+    assert four.diff_mean == pytest.approx(0.07)
+    assert four.diff_std == pytest.approx(math.sqrt(2 * 0.03**2))
+    assert four.others["seed_miou_train"][0] == pytest.approx(0.455)
+    assert four.states == {"FINISHED": 2, "FAILED": 1}
+    assert (many.n, many.std, many.pairs, many.diff_std) == (1, None, 1, None)
+    assert many.diff_mean == pytest.approx(0.02)
+    assert many.states == {"FINISHED": 1, "RUNNING": 1, "PENDING": 1}
+
+
+def test_markdown_prints_per_cent_marks_the_best_and_hides_nothing(fake: FakeStudy) -> None:
+    text = markdown(build_report(fake.storage, "demo"))
+    table = {line.split(" | ")[0]: line for line in text.splitlines() if line.startswith("| prototype")}
+    assert "| 43.00 ± 3.61 | 3 | baseline |" in table["| prototype_top_k=0"]
+    assert "| **50.50 ± 0.71** | 2 | +7.00 ± 4.24 (2 paired) |" in table["| prototype_top_k=4"]
+    assert "| 44.00 | 1 | +2.00 (1 paired) |" in table["| prototype_top_k=32"]
+    assert "2 finished, 1 failed" in table["| prototype_top_k=4"]
+    assert text.count("**") == 2
+    assert "one seed" in text
+    assert "2 trial(s) have no result" in text and "1 trial(s) are at work" in text
+    assert "prototype_top_k=4 s=1: RuntimeError in train_cam: no memory left" in text
+
+
+def test_header_says_what_the_figures_are(fake: FakeStudy) -> None:
+    header = dict(build_report(fake.storage, "demo").header)
+    assert header["split"] == "train: 240 images"
+    assert "per cent" in header["metric"]
+    assert header["background score"].startswith("best_on_train") and "very masks" in header["background score"]
+    assert header["absent classes"].startswith("zero")
+    assert header["data"] == f"scenes (generated data), fingerprint {'ab' * 32}"
+    assert "c" * 40 in header["code"]
+    assert header["seeds"] == "0, 1, 2"
+    assert header["trials"] == "6 finished, 1 running, 1 pending, 1 failed"
+
+
+def test_real_data_is_not_called_generated(fake: FakeStudy) -> None:
+    fake.study["data"][0] |= {"generated": False, "name": "voc"}
+    write_json(fake.storage.study("demo").path / "study.json", fake.study)
+    assert "generated" not in markdown(build_report(fake.storage, "demo"))
+
+
+def test_a_study_without_results_is_a_table_of_dashes(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    report = build_report(study.storage, "demo")
+    assert [(line.n, line.mean, line.best, line.trial_s) for line in report.lines] == [(0, None, False, None)] * 2
+    assert "| prototype_top_k=4 | - | 0 | - | - | - | 2 pending |" in markdown(report)
+
+
+def test_no_such_study_names_the_others(fake: FakeStudy) -> None:
+    with pytest.raises(ValueError, match="demo"):
+        build_report(fake.storage, "dem")
+
+
+def test_reused_trials_are_called_so(fake: FakeStudy) -> None:
+    fake.study["created_ms"] += 3_600_000
+    write_json(fake.storage.study("demo").path / "study.json", fake.study)
+    report = build_report(fake.storage, "demo")
+    assert report.lines[0].reused == 3
+    assert "3 finished; 3 reused" in markdown(report)
+    assert any("finished (reused)" in line for line in status_lines(fake.rows))
+
+
+def test_files_hold_the_same_numbers_unrounded(fake: FakeStudy, tmp_path: Path) -> None:
+    paths = write_report(build_report(fake.storage, "demo"), tmp_path / "report")
+    assert [path.name for path in paths] == ["report.md", "report.csv", "report.json"]
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(path.name for path in paths)
+    rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
+    assert [row["contrast.prototype_top_k"] for row in rows] == ["0", "4", "32"]
+    assert float(rows[1]["mean"]) == pytest.approx(0.505, abs=1e-15)
+    assert (rows[2]["std"], rows[1]["failed"], rows[0]["failed"]) == ("", "1", "0")
+    data = json.loads(paths[2].read_text())
+    assert data["lines"][1]["diff_mean"] == pytest.approx(0.07)
+    assert data["lines"][1]["values"]["mask_miou_train"] == {"0": 0.5, "2": 0.51}
+
+
+def test_log_gets_plain_lines_without_control_codes(fake: FakeStudy) -> None:
+    text = printed(fake, width=40)
+    assert "\x1b" not in text
+    assert "│" not in text
+    assert "50.50 ± 0.71 *" in text
+    heads, *lines = [
+        line for line in text.splitlines() if line.startswith(("variant", "prototype_top_k=0  ", "prototype_top_k=4  "))
+    ]
+    assert all(line[heads.index("vs baseline") - 1] == " " for line in lines)
+
+
+def test_terminal_gets_a_table(fake: FakeStudy) -> None:
+    text = printed(fake, width=160, force_terminal=True)
+    assert "\x1b[1m" in text and "50.50 ± 0.71" in text and "study demo" in text
+
+
+def test_status_tells_each_trials_state(fake: FakeStudy) -> None:
+    stage = fake.storage.stage("train_cam", fake.entry(6)["stages"][0]["key"])
+    write_json(
+        stage / "progress.json", {"done": 3, "total": 12, "unit": "step", "epoch": 1, "epochs": 4, "left_s": 42.0}
+    )
+    lines = status_lines(fake.rows)
+    assert len(lines) == 10
+    found = {line.partition(" s=")[0] + line.partition(" s=")[2][0]: line for line in lines[1:]}
+    assert "mask_miou_train 40.00" in found["prototype_top_k=00"]
+    assert "failed" in found["prototype_top_k=41"] and "no memory left" in found["prototype_top_k=41"]
+    assert "on the device" not in "\n".join(lines)
+    assert "3/12 step, epoch 1/4  42 s" in found["prototype_top_k=320"]
+    assert "pending" in found["prototype_top_k=322"]
+
+
+def test_status_table_takes_brackets_in_errors(fake: FakeStudy) -> None:
+    fake.fail(6, "bad [/red] index [3]")
+    out = io.StringIO()
+    Console(file=out, width=200, force_terminal=True).print(status_table(fake.rows, title="demo"))
+    assert "bad [/red] index [3]" in out.getvalue()
+
+
+def test_status_of_nothing_is_headings_alone() -> None:
+    assert status_lines([]) == ["trial  state"]
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (7.4, "7 s"), (150, "2.5 min"), (7560, "2.1 h")])
+def test_durations(seconds: float | None, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_protocol_of_a_fixed_score_gives_the_score(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    for entry in study.study["trials"]:
+        entry["config"]["seeds"] |= {"protocol": "fixed", "bg_score": 0.3}
+    write_json(study.storage.study("demo").path / "study.json", study.study)
+    assert dict(build_report(Storage(tmp_path), "demo").header)["background score"] == "fixed at 0.3"
