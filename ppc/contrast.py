@@ -93,7 +93,8 @@ def prepare_views(
 
     `prototype_pixels`: a class's K pixels are those of largest weight in the batch, or of those assigned to it.
     `absent_classes`: a class to which no pixel of the global batch is assigned stays in the denominators, or leaves
-    them; a pixel labelled with a class that left, or that has no prototype, has no loss (METHOD 6.6 #2, 6.7).
+    them (METHOD 6.6 #2, 6.7). A class without a prototype that stays is a zero vector, of similarity 0. A pixel
+    labelled with a class that left, or that has no prototype, has no loss.
     """
     views, valids = (source, target), (source.valid_NHW, target.valid_NHW)
     own_MC = image_label_NC.repeat(2, 1)  # M = V*N
@@ -151,10 +152,9 @@ def contrast_terms(
     hard_pixels: HardPixels,
     hard_pool_fraction: float,
     intra_mean: IntraMean,
-    view_reduction: ViewReduction,
     workers: Workers,
 ) -> dict[str, Tensor]:
-    """The three terms, unweighted: this worker's share of each (METHOD 6.4, paper Eq. 6-9).
+    """The three terms of each view (V,), unweighted: this worker's share (METHOD 6.4, paper Eq. 6-9).
 
     cross_prototype: own pixels, own labels, prototypes of the other view; mean over all pixels.
     cross_cam: own pixels, labels of the other view, own prototypes; mean over all pixels.
@@ -204,12 +204,7 @@ def contrast_terms(
         intra_mean=intra_mean,
         workers=workers,
     )
-    reduce = torch.mean if view_reduction == "mean" else torch.sum
-    return {
-        "cross_prototype": reduce(cross_TV[0]),
-        "cross_cam": reduce(cross_TV[1]),
-        "intra_view": reduce((intra_VP * weight_VP).sum(1)),
-    }
+    return {"cross_prototype": cross_TV[0], "cross_cam": cross_TV[1], "intra_view": (intra_VP * weight_VP).sum(1)}
 
 
 def _global_hard_pixel_weights(
@@ -301,10 +296,10 @@ def contrast_losses(
             hard_pixels=hard_pixels,
             hard_pool_fraction=hard_pool_fraction,
             intra_mean=intra_mean,
-            view_reduction=view_reduction,
             workers=workers,
         )
-        return terms | _diagnostics(views, bg_index, workers)
+        reduce = torch.mean if view_reduction == "mean" else torch.sum
+        return {name: reduce(loss_V) for name, loss_V in terms.items()} | _diagnostics(views, bg_index, workers)
 
 
 def _diagnostics(views: PreparedViews, bg_index: int, workers: Workers) -> dict[str, Tensor]:
@@ -313,10 +308,10 @@ def _diagnostics(views: PreparedViews, bg_index: int, workers: Workers) -> dict[
     total_VE = all_WVE.sum(0)
     silent_VC = total_VE[:, :-1] == 0
     silent_VC[:, bg_index] = False
-    is_bg_V = ((views.label_VP == bg_index) & valid_VP).sum(1)
+    is_bg_V = ((views.label_VP == bg_index % silent_VC.shape[1]) & valid_VP).sum(1)
     return {
-        "silent_share": silent_VC.sum() / (2 * (silent_VC.shape[1] - 1) * len(all_WVE)),
-        "bg_share": (is_bg_V / total_VE[:, -1].clamp(min=1)).mean(),
+        "silent_share": silent_VC.sum().double() / (2 * (silent_VC.shape[1] - 1) * len(all_WVE)),
+        "bg_share": (is_bg_V.double() / total_VE[:, -1].clamp(min=1)).mean(),
     }
 
 

@@ -85,12 +85,15 @@ def denominator_counts(
     kept_PC = kept_C.expand_as(own_PC)
     if negatives == "ranks":
         # The nearest may be the pixel's true class, pseudo labels being noisy: hence a first rank above 0.
-        order_PR = _hardest_first(similarity_PC, kept_PC)[..., rank_start:rank_end]
+        # Who wins a tie matters for a dead pixel alone (similarity 0 to all), whose gradient the ReLU before stops.
+        candidates_PC = similarity_PC.masked_fill(~kept_PC, -torch.inf)
+        order_PR = candidates_PC.topk(min(rank_end, candidates_PC.shape[-1])).indices[..., rank_start:]
         ranked_PR = kept_PC.gather(-1, order_PR).to(similarity_PC.dtype)
         return own_PC.to(similarity_PC.dtype).scatter_add(-1, order_PR, ranked_PR)
     other_PC = kept_PC & ~own_PC
     pool_P1 = _ceil(pool_fraction * other_PC.sum(-1, keepdim=True).double())
-    pool_PC = other_PC & (_places(_hardest_first(similarity_PC, other_PC)) < pool_P1)
+    order_PC = similarity_PC.masked_fill(~other_PC, -torch.inf).argsort(dim=-1, descending=True, stable=True)
+    pool_PC = other_PC & (_places(order_PC) < pool_P1)
     key_PC = needed(key_PC, "negatives: random_half").to(similarity_PC.device).masked_fill(~pool_PC, torch.inf)
     drawn_PC = _places(key_PC.argsort(dim=-1, stable=True)) < _ceil(sample_fraction * pool_P1)
     return (own_PC | (pool_PC & drawn_PC)).to(similarity_PC.dtype)
@@ -152,11 +155,6 @@ def _one_hot(label_P: Tensor, num_classes: int) -> Tensor:
 
 def _ceil(x: Tensor) -> Tensor:
     return (x - 1e-9).ceil()  # a whole number stays it, whatever the last bit of the product
-
-
-def _hardest_first(similarity_PC: Tensor, among_PC: Tensor) -> Tensor:
-    """Classes by falling similarity, those not `among` last; equal ones in order of index."""
-    return similarity_PC.masked_fill(~among_PC, -torch.inf).argsort(dim=-1, descending=True, stable=True)
 
 
 def _places(order_PC: Tensor) -> Tensor:

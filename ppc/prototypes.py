@@ -123,9 +123,8 @@ def weighted_prototypes(
     for feature_NDHW, weight_CP in zip(features, weight_VCP, strict=True):
         feature_NDX = feature_NDHW.detach().flatten(2)
         weight_NCX = weight_CP.view(len(weight_CP), num_images, -1).transpose(0, 1)
-        if prototype_features == "unit":
-            weight_NCX = weight_NCX / feature_length(feature_NDX)
-        sum_NCD = weight_NCX @ feature_NDX.transpose(1, 2)
+        scale_NCX = weight_NCX if prototype_features == "raw" else weight_NCX / feature_length(feature_NDX)
+        sum_NCD = scale_NCX @ feature_NDX.transpose(1, 2)
         # image by image, and in float64 over images: which worker has which image must not show in a float32 prototype
         sums.append(torch.cat([sum_NCD, weight_NCX.sum(2, keepdim=True)], 2).sum(0, dtype=torch.float64))
     sum_VCE = workers.gather(torch.stack(sums)[None]).sum(0)

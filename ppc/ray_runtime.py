@@ -16,7 +16,7 @@ from typing import Any
 import ray
 
 from ppc.config import RuntimeConfig
-from ppc.runtime import MapFunction, TrainWorker, chunks, set_threads
+from ppc.runtime import MapFunction, TrainWorker, chunks, prepare_process
 
 # A trial's placement group captures what its driver starts; DEFAULT lets it go anywhere in the cluster.
 ANYWHERE = {"scheduling_strategy": "DEFAULT"}
@@ -104,17 +104,17 @@ class RayRuntime:
 
 
 def _train_task(worker: TrainWorker, payload: Any, cpus: float) -> None:
-    set_threads(cpus)
+    prepare_process(cpus)
     worker(payload, _device())
 
 
 def _train_loop(config: dict[str, Any]) -> None:
-    set_threads(config["cpus"])
+    prepare_process(config["cpus"])
     config["worker"](config["payload"], _device())
 
 
 def _map_task(common: tuple[MapFunction, Any], part: Sequence[Any]) -> list[Any]:
-    set_threads(1)
+    prepare_process(1)
     function, shared = common
     return function(shared, part)
 

@@ -25,6 +25,7 @@ from ppc.stages.train_cam import Payload, make_job, worker
 from ppc.train import Job, checkpoints, fit, gather, rank, sum_over_workers, world_size
 
 CPU = torch.device("cpu")
+LONG = {"train.epochs": 3, "train.momentum": 0.9}  # 6 steps; momentum is state that a resume could lose
 METHOD_X_PRESET = [(method, preset) for method in ("seam", "cam") for preset in ("official", "paper")]
 
 
@@ -87,6 +88,8 @@ def all_jobs(payload: Everything, device: torch.device) -> None:
         folder = StageDir(payload.folder / f"{method}-{preset}", "train_cam", "key")
         worker(Payload(cfg, folder, layout(payload.scenes)), device)
         in_float64(cfg, folder)
+    begun = StageDir(payload.folder / "begun-alone", "train_cam", "key")
+    worker(Payload(config(payload.scenes, LONG), begun, layout(payload.scenes)), device)
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,8 @@ def by_workers(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> dict[i
         folders[number] = tmp_path_factory.mktemp(f"workers-{number}")
         for method, preset in METHOD_X_PRESET:
             (folders[number] / f"{method}-{preset}").mkdir()
+        with pytest.raises(Stop):
+            train_until(config(scenes, LONG), stage(folders[number] / "begun-alone"), 3)
         LocalRuntime().train(all_jobs, Everything(folders[number], scenes), RuntimeConfig(workers=number))
     return folders
 
@@ -170,9 +175,6 @@ def assert_identical(one: StageDir, other: StageDir) -> None:
     weights = weights_of(other)
     for name, weight in weights_of(one).items():
         assert torch.equal(weight, weights[name]), name
-
-
-LONG = {"train.epochs": 3, "train.momentum": 0.9}  # 6 steps; momentum is state that a resume could lose
 
 
 @pytest.fixture(scope="module")
@@ -263,11 +265,11 @@ def test_a_checkpoint_of_another_net_is_an_error_and_not_a_new_start(tmp_path: P
         trained(config(scenes, {**LONG, "contrast.projector_dim": 9}), stage(tmp_path))
 
 
-def test_two_processes_go_on_from_the_checkpoint_of_one(tmp_path: Path, scenes: Path, unbroken: StageDir) -> None:
-    cfg, folder = config(scenes, LONG), stage(tmp_path)
-    with pytest.raises(Stop):
-        train_until(cfg, folder, 3)
-    LocalRuntime().train(worker, Payload(cfg, folder, layout(scenes)), RuntimeConfig(workers=2))
+@pytest.mark.parametrize("number", [2, 4])
+def test_several_processes_go_on_from_the_checkpoint_of_one(
+    by_workers: dict[int, Path], unbroken: StageDir, number: int
+) -> None:
+    folder = StageDir(by_workers[number] / "begun-alone", "train_cam", "key")
     assert curve(folder)[:3] == curve(unbroken)[:3]
     for (_, got), (_, wanted) in zip(curve(folder), curve(unbroken), strict=True):
         assert_close(got, wanted, rtol=1e-5)
