@@ -29,6 +29,7 @@ from ppc.tracking import make_tracker
 from ppc.trial import Planner, run_trial
 
 FORMAT = 1
+SETTLE_S = 20.0
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def run_study(storage: Storage, name: str, where: Where, console: Console) -> in
     folder = storage.study(name)
     study = folder.definition()
     with launch_lock(folder):
-        todo = missing(read_rows(storage, study))
+        todo = missing(_settled(storage, study))
         _say_plan(console, study, read_rows(storage, study), todo)
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
@@ -141,6 +142,20 @@ def run_study(storage: Storage, name: str, where: Where, console: Console) -> in
     rows = read_rows(storage, study)
     _say_end(console, storage, study, rows, loop, files)
     return 0 if all(row.state == FINISHED for row in rows) else 1
+
+
+def _settled(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
+    """The rows once the processes of a launch that was just killed are gone.
+
+    We hold the study's lock: a trial that runs belongs to such processes, which their cluster ends within seconds, or
+    to another study that shares it, and then it goes on.
+    """
+    deadline = time.monotonic() + SETTLE_S
+    while True:
+        rows = read_rows(storage, study)
+        if all(row.state != RUNNING for row in rows) or time.monotonic() >= deadline:
+            return rows
+        time.sleep(0.2)
 
 
 def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_dir: Path, where: Where) -> None:

@@ -124,10 +124,10 @@ def weighted_prototypes(
         feature_NDX = feature_NDHW.detach().flatten(2)
         weight_NCX = weight_CP.view(len(weight_CP), num_images, -1).transpose(0, 1)
         scale_NCX = weight_NCX if prototype_features == "raw" else weight_NCX / feature_length(feature_NDX)
-        sum_NCD = scale_NCX @ feature_NDX.transpose(1, 2)
-        # image by image, and in float64 over images: which worker has which image must not show in a float32 prototype
-        sums.append(torch.cat([sum_NCD, weight_NCX.sum(2, keepdim=True)], 2).sum(0, dtype=torch.float64))
-    sum_VCE = workers.gather(torch.stack(sums)[None]).sum(0)
+        sums.append(torch.cat([scale_NCX @ feature_NDX.transpose(1, 2), weight_NCX.sum(2, keepdim=True)], 2))
+    # Images travel one by one and are added in one order, so that prototypes are the same to the last bit however the
+    # images are split: silent classes have nearly equal ones, and a rank must not hang on a rounding.
+    sum_VCE = workers.gather(torch.stack(sums, 1)).sum(0, dtype=torch.float64)
     sum_VCD, total_VC1 = sum_VCE[..., :-1], sum_VCE[..., -1:]
     proto_VCD = F.normalize(sum_VCD / torch.where(total_VC1 == 0, 1.0, total_VC1), dim=2, eps=NORM_EPS)
     return proto_VCD.to(features[0].dtype), total_VC1[..., 0] != 0

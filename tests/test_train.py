@@ -100,7 +100,7 @@ def by_workers(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> dict[i
         folders[number] = tmp_path_factory.mktemp(f"workers-{number}")
         for method, preset in METHOD_X_PRESET:
             (folders[number] / f"{method}-{preset}").mkdir()
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             train_until(config(scenes, LONG), stage(folders[number] / "begun-alone"), 3)
         LocalRuntime().train(all_jobs, Everything(folders[number], scenes), RuntimeConfig(workers=number))
     return folders
@@ -147,7 +147,7 @@ def test_a_whole_training_gives_the_same_curve_and_weights_with_any_number_of_wo
 # -- interruption
 
 
-class Stop(Exception):
+class StopError(Exception):
     """What ends a training in a test."""
 
 
@@ -159,7 +159,7 @@ def stopped_at(job: Job, at: int, *, kill: bool = False) -> Job:
             if epoch * job.steps_per_epoch + index == at:
                 if kill:
                     os.kill(os.getpid(), signal.SIGKILL)
-                raise Stop
+                raise StopError
             yield batch
 
     return dataclasses.replace(job, batches=batches)
@@ -188,7 +188,7 @@ def test_stopped_at_any_step_and_run_again_it_ends_bit_identical(
     tmp_path: Path, scenes: Path, unbroken: StageDir, at: int
 ) -> None:
     cfg, folder = config(scenes, LONG), stage(tmp_path)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train_until(cfg, folder, at)
     assert [step for step, _ in curve(folder)] == list(range(1, at + 1))
     assert len(checkpoints(folder)) == min(at // 2, 2)
@@ -200,7 +200,7 @@ def test_stopped_at_any_step_and_run_again_it_ends_bit_identical(
 def test_stopped_again_and_again_it_ends_bit_identical(tmp_path: Path, scenes: Path, unbroken: StageDir) -> None:
     cfg, folder = config(scenes, LONG), stage(tmp_path)
     for at in (1, 3, 3, 5):
-        with pytest.raises(Stop):
+        with pytest.raises(StopError):
             train_until(cfg, folder, at)
     assert_identical(trained(cfg, folder), unbroken)
 
@@ -220,7 +220,7 @@ def test_a_process_killed_in_the_middle_of_an_epoch_leaves_what_the_next_needs(
 
 def test_checkpoints_less_often_than_epochs_only_cost_time(tmp_path: Path, scenes: Path, unbroken: StageDir) -> None:
     cfg, folder = config(scenes, {**LONG, "runtime.checkpoint_every_epochs": 2}), stage(tmp_path)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train_until(cfg, folder, 3)
     assert checkpoints(folder) == []
     assert_identical(trained(cfg, folder), unbroken)
@@ -231,7 +231,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, scenes: Path, unbroken: StageDir, keep: float, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cfg, folder = config(scenes, LONG), stage(tmp_path)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train_until(cfg, folder, 4)
     newest, before = checkpoints(folder)
     whole = newest.read_bytes()
@@ -243,7 +243,7 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(
 
 def test_when_all_checkpoints_are_damaged_it_starts_anew(tmp_path: Path, scenes: Path, unbroken: StageDir) -> None:
     cfg, folder = config(scenes, LONG), stage(tmp_path)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train_until(cfg, folder, 5)
     for path in checkpoints(folder):
         path.write_bytes(b"not a checkpoint")
@@ -252,14 +252,14 @@ def test_when_all_checkpoints_are_damaged_it_starts_anew(tmp_path: Path, scenes:
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path, scenes: Path) -> None:
     cfg = config(scenes, LONG)
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train_until(cfg, stage(tmp_path, "one"), 2)
     with pytest.raises(ValueError, match="belongs to stage key one, not other"):
         trained(cfg, stage(tmp_path, "other"))
 
 
 def test_a_checkpoint_of_another_net_is_an_error_and_not_a_new_start(tmp_path: Path, scenes: Path) -> None:
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         train_until(config(scenes, LONG), stage(tmp_path), 2)
     with pytest.raises(RuntimeError, match="fc_proj"):
         trained(config(scenes, {**LONG, "contrast.projector_dim": 9}), stage(tmp_path))

@@ -111,7 +111,7 @@ def test_features_of_the_moved_image_are_the_moved_features(seed: int) -> None:
 
 @pytest.mark.parametrize("seed", range(5))
 def test_a_warp_says_the_same_at_every_resolution(seed: int) -> None:
-    """Image moved at 65 px and then looked at on a 9 x 9 grid = the grid's own map moved, where the source is inside."""
+    """Image moved at 65 px, then seen on a 9 x 9 grid = the map of the grid moved, where the source is inside."""
     warp = draw_warp([seed], size_px=65, flip=True, rotate_deg=20, translate_px=8)
     big, small = coordinates(65, 65), coordinates(9, 9)
     seen, aligned = resize(warp.apply(big), (9, 9)), warp.apply(small)

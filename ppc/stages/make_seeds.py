@@ -160,7 +160,7 @@ def infer_cam(
 def read_cam(path: Path) -> tuple[Any, Any] | None:
     """Keys and CAM of an image, or None when the file is missing or broken."""
     try:
-        with np.load(path) as stored:
+        with path.open("rb") as handle, np.load(handle) as stored:  # np.load itself leaves a broken file open
             return stored["keys"], stored["cam"]
     except (EOFError, ValueError, KeyError, OSError, BadZipFile, zlib.error):
         return None

@@ -1,0 +1,129 @@
+"""LocalRuntime: work in this process or in several, results in order, errors as they were raised."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from ppc.config import RuntimeConfig
+from ppc.runtime import LocalRuntime, chunks, prepare_process
+from ppc.train import gather, sum_over_workers
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+class OddError(ValueError):
+    """An error of our own, with two arguments."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(path, what)
+
+    def __str__(self) -> str:
+        return f"{self.args[0]}: {self.args[1]}"
+
+
+def squares(shared: int, part: Sequence[int]) -> list[Any]:
+    return [(shared * x * x, os.getpid()) for x in part]
+
+
+def raise_at_7(shared: int, part: Sequence[int]) -> list[Any]:
+    if 7 in part:
+        raise OddError("item 7", "is odd")
+    return list(part)
+
+
+def test_chunks_keep_the_order() -> None:
+    assert chunks([1, 2, 3, 4, 5], 2) == [[1, 2], [3, 4], [5]]
+    assert chunks([], 2) == []
+
+
+def test_threads_are_those_of_the_cpus_and_at_least_one() -> None:
+    for cpus, threads in ((0.5, 1), (1, 1), (2, 2)):
+        prepare_process(cpus)
+        assert torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_map_gives_results_in_the_order_of_the_items(processes: int) -> None:
+    dones: list[int] = []
+    cfg = RuntimeConfig(images_per_task=3)
+    results = LocalRuntime(processes).map(squares, 10, list(range(8)), cfg, dones.append)
+    assert [value for value, _ in results] == [10 * x * x for x in range(8)]
+    assert len(dones) == 3 and dones[-1] == 8 and dones == sorted(dones)
+    assert ({pid for _, pid in results} == {os.getpid()}) == (processes == 1)
+    assert LocalRuntime(processes).map(squares, 1, [], cfg, dones.append) == []
+    with pytest.raises(OddError, match="item 7: is odd"):
+        LocalRuntime(processes).map(raise_at_7, 0, list(range(8)), cfg, dones.append)
+
+
+def note_rank(payload: Path, device: torch.device) -> None:
+    rank = dist.get_rank()
+    total = torch.tensor([float(rank + 1)])
+    sum_over_workers([total])
+    ranks, flags = gather(torch.tensor([[rank, 10 * rank]])), gather(torch.tensor([rank == 1]))
+    text = f"{device} {dist.get_backend()} {total.item()} {ranks.tolist()} {flags.tolist()} {torch.get_num_threads()}"
+    (payload / str(rank)).write_text(text)
+
+
+def raise_in_one(payload: int, device: torch.device) -> None:
+    if dist.get_rank() == payload:
+        raise OddError("step 3", "is not finite")
+    dist.barrier()  # the others wait for it, and fail for another reason
+
+
+def hang(payload: Path, device: torch.device) -> None:
+    (payload / str(os.getpid())).touch()
+    time.sleep(120)
+
+
+@pytest.mark.slow
+def test_workers_talk_to_each_other(tmp_path: Path) -> None:
+    LocalRuntime().train(note_rank, tmp_path, RuntimeConfig(workers=2))
+    texts = {(tmp_path / str(rank)).read_text() for rank in range(2)}
+    assert texts == {"cpu gloo 3.0 [[0, 0], [1, 10]] [False, True] 1"}
+
+
+def test_one_worker_runs_here() -> None:
+    here = []
+    LocalRuntime().train(lambda payload, device: here.append((payload, device, os.getpid())), "p", RuntimeConfig())
+    assert here[0][0] == "p" and here[0][2] == os.getpid() and not dist.is_initialized()
+
+
+def test_what_a_worker_raises_is_raised() -> None:
+    with pytest.raises(OddError, match="^step 3: is not finite$") as caught:
+        LocalRuntime().train(raise_in_one, 1, RuntimeConfig(workers=2))
+    assert "raise_in_one" in str(caught.value.__cause__), "with the traceback of the worker"
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
+    def interrupt() -> None:
+        deadline = time.monotonic() + 60
+        while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        LocalRuntime().train(hang, tmp_path, RuntimeConfig(workers=2))
+    thread.join()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

@@ -1,0 +1,382 @@
+"""Stages: what they write is what the equations say, and a half-done stage ends like one that was never stopped."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny_run import layout, manifest_result, products, scenes_root, tiny_config
+
+from ppc.artifacts import StageDir, Storage
+from ppc.backbones import NORMALISATIONS
+from ppc.cam import seed_from_cam
+from ppc.config import TrialConfig
+from ppc.crf import PRESETS, refine_seed
+from ppc.figures import read_palette_png
+from ppc.methods import METHODS, build_net
+from ppc.runtime import LocalRuntime
+from ppc.stages import STAGES, plan_stages
+from ppc.stages.make_seeds import infer_cam, read_cam, scaled, val_subset
+from ppc.stages.train_cam import load_net
+from ppc.trial import Planner, TrialPlan, run_trial
+
+CPU = torch.device("cpu")
+THRESHOLDS = [i / 100 for i in range(60)]
+
+
+@pytest.fixture(scope="session")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return scenes_root(tmp_path_factory.getbasetemp())
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """One root for all tests here: they share what is trained."""
+    return Storage(tmp_path_factory.mktemp("stages"))
+
+
+def run(storage: Storage, cfg: TrialConfig) -> tuple[dict[str, Any], dict[str, StageDir]]:
+    """The result of a trial and its stage folders."""
+    plan = Planner(storage).plan(cfg)
+    return run_plan(storage, plan), folders_of(storage, plan)
+
+
+def run_plan(storage: Storage, plan: TrialPlan) -> dict[str, Any]:
+    return run_trial(plan.config, plan.key, plan.stages, storage, LocalRuntime())
+
+
+def folders_of(storage: Storage, plan: TrialPlan) -> dict[str, StageDir]:
+    return {name: storage.stage(name, key) for name, key in plan.stages}
+
+
+def slow_miou(pairs: Sequence[tuple[Any, Any]], num_classes: int) -> float:
+    """One confusion matrix over all pixels of all images, 255 ignored, an absent class counting as 0."""
+    ious = []
+    for c in range(num_classes):
+        hit = sum(int(((p == c) & (t == c)).sum()) for p, t in pairs)
+        union = sum(int((((p == c) | (t == c)) & (t != 255)).sum()) for p, t in pairs)
+        ious.append(hit / union if union else 0.0)
+    return sum(ious) / num_classes
+
+
+def slow_seed(keys: Any, cam: Any, score: float, num_classes: int) -> Any:
+    stack = np.zeros((num_classes, *cam.shape[1:]), np.float32)
+    stack[0] = score
+    for key, map_HW in zip(keys, cam, strict=True):
+        stack[key + 1] = map_HW
+    return stack.argmax(0)
+
+
+# -- products
+
+
+def test_every_image_gets_its_cam_seed_and_mask(storage: Storage, scenes: Path) -> None:
+    result, folders = run(storage, tiny_config(root=scenes))
+    data = layout(scenes)
+    names = {
+        folder: {path.stem for path in (folders[stage] / folder).iterdir()}
+        for stage, folder in (("make_seeds", "cams"), ("make_seeds", "seeds"), ("refine_crf", "masks"))
+    }
+    assert names["cams"] == names["seeds"] == names["masks"] == set(data.ids("train"))
+    score = result["metrics"]["bg_score"]
+    for image_id in data.ids("train"):
+        keys, cam = read_cam(folders["make_seeds"] / "cams" / f"{image_id}.npz")
+        assert keys.tolist() == np.flatnonzero(data.image_label(image_id)).tolist()
+        assert cam.dtype == np.float32 and cam.shape == (len(keys), *data.image_size(image_id))
+        seed = read_palette_png(folders["make_seeds"] / "seeds" / f"{image_id}.png")
+        assert (seed == slow_seed(keys, cam, score, 4)).all()
+        mask = read_palette_png(folders["refine_crf"] / "masks" / f"{image_id}.png")
+        wanted = refine_seed(data.image(image_id), cam, keys, bg_score=score, num_classes=4, params=PRESETS["ppc_seed"])
+        assert (mask == wanted).all()
+    drawn = sorted(path.stem for path in (folders["make_seeds"] / "overlays").iterdir())
+    assert drawn == manifest_result(folders["make_seeds"])["overlays"] and len(drawn) == 2
+
+
+def test_the_curve_is_that_of_a_slow_loop_over_its_scores(storage: Storage, scenes: Path) -> None:
+    result, folders = run(storage, tiny_config(root=scenes))
+    data = layout(scenes)
+    loaded = [(read_cam(folders["make_seeds"] / "cams" / f"{i}.npz"), data.mask(i)) for i in data.ids("train")]
+    slow = [slow_miou([(slow_seed(*kc, t, 4), mask) for kc, mask in loaded], 4) for t in THRESHOLDS]
+    curve = result["curves"]["train"]
+    assert curve["thresholds"] == THRESHOLDS
+    np.testing.assert_allclose(curve["miou"], slow, rtol=1e-12)
+    assert result["metrics"]["bg_score"] == THRESHOLDS[int(np.argmax(slow))], "the first of the best"
+    assert result["metrics"]["seed_miou_train"] == pytest.approx(max(slow), rel=1e-12)
+    assert len(set(slow)) > 5
+
+
+def test_scores_are_those_of_the_pngs(storage: Storage, scenes: Path) -> None:
+    result, folders = run(storage, tiny_config(root=scenes))
+    data = layout(scenes)
+    for product, folder in (("seed", folders["make_seeds"] / "seeds"), ("mask", folders["refine_crf"] / "masks")):
+        pairs = [(read_palette_png(folder / f"{i}.png"), data.mask(i)) for i in data.ids("train")]
+        assert result["metrics"][f"{product}_miou_train"] == pytest.approx(slow_miou(pairs, 4), rel=1e-12)
+        per_class = result["per_class_iou"][f"{product}_train"]
+        assert sum(per_class) / 4 == pytest.approx(slow_miou(pairs, 4), rel=1e-12)
+        confusion = np.array(result["confusion"][f"{product}_train"])
+        assert confusion.sum() == sum(int((mask != 255).sum()) for _, mask in pairs)
+        assert confusion[2, 1] == sum(int(((t == 2) & (p == 1)).sum()) for p, t in pairs)
+    assert result["counts"] == {"train": 8}
+    assert result["class_names"] == ["background", *data.class_names]
+
+
+# -- a stage that was stopped half-way
+
+
+@pytest.mark.parametrize(
+    ("stage", "lost"),
+    [
+        ("make_seeds", ["cams/train_00001.npz", "seeds/*.png", "overlays/*.png"]),
+        ("make_seeds", ["cams/*.npz"]),
+        ("make_seeds", ["seeds/train_00003.png"]),
+        ("refine_crf", ["masks/train_00000.png", "masks/train_00005.png"]),
+        ("evaluate", []),
+        ("train_cam", ["weights.pt"]),
+        ("train_cam", []),
+    ],
+)
+def test_a_stage_begun_by_another_process_ends_the_same(
+    storage: Storage, scenes: Path, tmp_path: Path, stage: str, lost: list[str]
+) -> None:
+    cfg = tiny_config(root=scenes)
+    wanted, _ = run(storage, cfg)
+    own = Storage(tmp_path / "root")
+    shutil.copytree(storage.root, own.root)
+    plan = Planner(own).plan(cfg)
+    before = {name: products(folder.path) for name, folder in folders_of(own, plan).items()}
+    folder = folders_of(own, plan)[stage]
+    (folder / "manifest.json").unlink()
+    for pattern in lost:
+        found = list(folder.path.glob(pattern))
+        assert found
+        for path in found:
+            path.unlink()
+    (own.trial(plan.key).path / "result.json").unlink()
+    got = run_plan(own, plan)
+    assert {name: products(f.path) for name, f in folders_of(own, plan).items()} == before
+    for name in ("metrics", "curves", "per_class_iou", "confusion", "counts", "overlays"):
+        assert got[name] == wanted[name]
+    assert [s["name"] for s in got["stages"] if not s["reused"]] == [stage]
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.3, 0.99])
+def test_a_truncated_cam_is_made_again(storage: Storage, scenes: Path, tmp_path: Path, keep: float) -> None:
+    cfg = tiny_config(root=scenes)
+    run(storage, cfg)
+    own = Storage(tmp_path / "root")
+    shutil.copytree(storage.root, own.root)
+    plan = Planner(own).plan(cfg)
+    folder = folders_of(own, plan)["make_seeds"]
+    before = products(folder.path)
+    path = folder / "cams" / "train_00002.npz"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep)])
+    assert read_cam(path) is None
+    (folder / "manifest.json").unlink()
+    (own.trial(plan.key).path / "result.json").unlink()
+    run_plan(own, plan)
+    assert products(folder.path) == before
+
+
+def test_what_is_damaged_under_a_finished_stage_is_named(storage: Storage, scenes: Path, tmp_path: Path) -> None:
+    run(storage, tiny_config(root=scenes))
+    own = Storage(tmp_path / "root")
+    shutil.copytree(storage.root, own.root)
+    plan = Planner(own).plan(tiny_config({"crf.preset": "irn_label"}, scenes))
+    (folders_of(own, plan)["make_seeds"] / "cams" / "train_00002.npz").write_bytes(b"PK")
+    with pytest.raises(ValueError, match="has no whole CAM of train_00002; delete"):
+        run_plan(own, plan)
+    weights = folders_of(own, plan)["train_cam"] / "weights.pt"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    other = Planner(own).plan(tiny_config({"seeds.scales": [1.0, 1.5]}, scenes))
+    with pytest.raises(ValueError, match=r"weights.pt does not hold this trial's net .*delete its folder"):
+        run_plan(own, other)
+
+
+# -- protocols and splits
+
+
+def test_protocol_fixed_takes_the_score_as_given(storage: Storage, scenes: Path) -> None:
+    result, _ = run(storage, tiny_config({"seeds.protocol": "fixed", "seeds.bg_score": 0.31}, scenes))
+    assert result["metrics"]["bg_score"] == 0.31 and result["protocol"] == "fixed"
+    curve = result["curves"]["train"]["miou"]
+    assert result["metrics"]["seed_miou_train"] == pytest.approx(curve[31], rel=1e-12)
+
+
+def test_protocol_val_subset_looks_at_its_own_images(storage: Storage, scenes: Path) -> None:
+    cfg = tiny_config({"seeds.protocol": "val_subset"}, scenes)
+    result, folders = run(storage, cfg)
+    data = layout(scenes)
+    chosen = val_subset(cfg, data)
+    assert len(chosen) == len(set(chosen)) == 3 and {split for split, _ in chosen} == {"val"}
+    assert chosen == val_subset(tiny_config({"seeds.protocol": "val_subset", "seed": 5}, scenes), data)
+    loaded = [(read_cam(folders["make_seeds"] / "cams" / f"{i}.npz"), data.mask(i, split="val")) for _, i in chosen]
+    slow = [slow_miou([(slow_seed(*kc, t, 4), mask) for kc, mask in loaded], 4) for t in THRESHOLDS]
+    assert result["metrics"]["bg_score"] == THRESHOLDS[int(np.argmax(slow))]
+    assert "seed_miou_train" in result["metrics"] and "seed_miou_val" not in result["metrics"]
+    assert {p.stem for p in (folders["make_seeds"] / "cams").iterdir()} == {
+        *data.ids("train"),
+        *dict(map(reversed, chosen)),
+    }
+
+
+def test_several_splits_are_scored_each_on_its_own(storage: Storage, scenes: Path) -> None:
+    result, folders = run(storage, tiny_config({"seeds.splits": ["train", "val"]}, scenes))
+    alone, _ = run(storage, tiny_config(root=scenes))
+    data = layout(scenes)
+    for split in ("train", "val"):
+        for product, folder in (("seed", folders["make_seeds"] / "seeds"), ("mask", folders["refine_crf"] / "masks")):
+            pairs = [(read_palette_png(folder / f"{i}.png"), data.mask(i, split=split)) for i in data.ids(split)]
+            assert result["metrics"][f"{product}_miou_{split}"] == pytest.approx(slow_miou(pairs, 4), rel=1e-12)
+    assert result["counts"] == {"train": 8, "val": 4}
+    assert result["metrics"]["bg_score"] == alone["metrics"]["bg_score"], "the first split's masks choose"
+    assert result["metrics"]["seed_miou_train"] == alone["metrics"]["seed_miou_train"]
+
+
+def voc_copy(scenes: Path, root: Path, *, without_masks_of: str = "") -> Path:
+    """The tiny dataset as somebody's own folder, perhaps without the masks of a split."""
+    shutil.copytree(scenes, root)
+    (root / "dataset.json").unlink()
+    for path in (root / "SegmentationClass").glob(f"{without_masks_of}_*.png"):
+        path.unlink()
+    return root
+
+
+def test_a_split_without_masks_gets_masks_and_no_score(storage: Storage, scenes: Path, tmp_path: Path) -> None:
+    root = voc_copy(scenes, tmp_path / "voc", without_masks_of="train")
+    changes = {"data.name": "voc", "seeds.protocol": "fixed", "seeds.overlays": 0}
+    result, folders = run(storage, tiny_config(changes, root))
+    assert result["metrics"] == {"bg_score": 0.26} and result["curves"] == {} and result["counts"] == {"train": 8}
+    assert len(list((folders["refine_crf"] / "masks").iterdir())) == 8
+    assert not (folders["make_seeds"] / "overlays").exists()
+    both, _ = run(storage, tiny_config({**changes, "seeds.splits": ["train", "val"]}, root))
+    assert both["metrics"].keys() == {"bg_score", "seed_miou_val", "mask_miou_val"}
+    with pytest.raises(ValueError, match="best_on_train needs masks of split train; use seeds.protocol fixed"):
+        run(storage, tiny_config({"data.name": "voc"}, root))
+
+
+def test_images_without_any_class_are_background(storage: Storage, scenes: Path, tmp_path: Path) -> None:
+    root = voc_copy(scenes, tmp_path / "voc")
+    labels = np.load(root / "cls_labels.npy", allow_pickle=True).item()
+    empty = ["train_00000", "train_00004"]
+    for image_id in empty:
+        labels[image_id] = np.zeros(3, np.float32)
+    np.save(root / "cls_labels.npy", np.array(labels, dtype=object))
+    for preset in ("ppc_seed", "psa_soft", "irn_label"):
+        _, folders = run(storage, tiny_config({"data.name": "voc", "crf.preset": preset}, root))
+        for image_id in empty:
+            keys, cam = read_cam(folders["make_seeds"] / "cams" / f"{image_id}.npz")
+            assert len(keys) == 0 and cam.shape == (0, *layout(root).image_size(image_id))
+            assert not read_palette_png(folders["make_seeds"] / "seeds" / f"{image_id}.png").any()
+            assert not read_palette_png(folders["refine_crf"] / "masks" / f"{image_id}.png").any()
+    assert (folders["make_seeds"] / "overlays" / "train_00000.png").exists()
+
+
+# -- CRF
+
+
+@pytest.mark.parametrize("preset", ["psa_soft", "irn_label", "seam_aff", "ppc_aff"])
+def test_crf_presets_keep_to_their_labels(storage: Storage, scenes: Path, preset: str) -> None:
+    result, folders = run(storage, tiny_config({"crf.preset": preset}, scenes))
+    data = layout(scenes)
+    for image_id in data.ids("train"):
+        mask = read_palette_png(folders["refine_crf"] / "masks" / f"{image_id}.png")
+        assert mask.shape == data.image_size(image_id)
+        allowed = {0, *(np.flatnonzero(data.image_label(image_id)) + 1)}
+        assert PRESETS[preset].classes == "all" or set(np.unique(mask)) <= allowed
+    assert [s["reused"] for s in result["stages"]][:2] == [True, True]
+    assert 0 < result["metrics"]["mask_miou_train"] < 1
+
+
+def test_the_crf_can_start_from_a_score_of_its_own(storage: Storage, scenes: Path) -> None:
+    result, folders = run(storage, tiny_config({"crf.bg_score": 0.45}, scenes))
+    assert result["crf_bg_score"] == 0.45 != result["metrics"]["bg_score"]
+    plain, _ = run(storage, tiny_config(root=scenes))
+    assert plain["crf_bg_score"] == plain["metrics"]["bg_score"]
+    data, image_id = layout(scenes), "train_00001"
+    keys, cam = read_cam(folders["make_seeds"] / "cams" / f"{image_id}.npz")
+    wanted = refine_seed(data.image(image_id), cam, keys, bg_score=0.45, num_classes=4, params=PRESETS["ppc_seed"])
+    assert (read_palette_png(folders["refine_crf"] / "masks" / f"{image_id}.png") == wanted).all()
+    assert (seed_from_cam(cam, keys, bg_score=0.45) != seed_from_cam(cam, keys, bg_score=0.2)).any()
+
+
+# -- inference
+
+
+def test_scaled_views_have_rounded_sides() -> None:
+    image = np.arange(7 * 11 * 3, dtype=np.uint8).reshape(7, 11, 3)
+    sizes = [view.shape for view in scaled(image, (0.5, 1.0, 1.5, 2.0))]
+    assert sizes == [(4, 6, 3), (7, 11, 3), (10, 16, 3), (14, 22, 3)]
+    assert scaled(image, (1.0,))[0] is image
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_cam_of_a_mirrored_image_is_the_mirrored_cam(scenes: Path, method: str) -> None:
+    """The mirror is one of the views, and maps come back the right way round and in the order of the keys."""
+    net = build_net(tiny_config({"method.name": method}), 3, pretrained=False).eval()
+    image = layout(scenes).image("train_00000")
+
+    def cam(image_HW3: Any, keys: list[int]) -> Any:
+        views = [NORMALISATIONS["imagenet"].apply(np.ascontiguousarray(v)) for v in scaled(image_HW3, (0.5, 1.0, 1.5))]
+        return infer_cam(net, views, np.array(keys, np.int64), image_HW3.shape[:2], method, CPU)
+
+    straight, mirrored = cam(image, [0, 2]), cam(image[:, ::-1], [0, 2])
+    assert straight.shape == (2, *image.shape[:2])
+    np.testing.assert_allclose(mirrored[:, :, ::-1], straight, atol=1e-4)
+    np.testing.assert_allclose(cam(image, [2, 0]), straight[::-1], atol=1e-6)
+    assert np.abs(straight - straight[:, :, ::-1]).max() > 0.1
+    assert cam(image, []).shape == (0, *image.shape[:2])
+
+
+def test_a_trained_net_comes_with_its_normalisation(storage: Storage, scenes: Path) -> None:
+    cfg = tiny_config({"backbone.normalisation": "half", "stages": ["train_cam"]}, scenes)
+    result, folders = run(storage, cfg)
+    net, normalisation = load_net(cfg.model_dump_json(), 3, folders["train_cam"] / "weights.pt", CPU)
+    assert normalisation == NORMALISATIONS["half"] and not net.training
+    assert result["metrics"] == {} and result["label_source"] == "cls_labels"
+    assert not (folders["train_cam"] / "checkpoints").exists()
+    with pytest.raises(ValueError, match="does not hold this trial's net"):
+        load_net(cfg.model_dump_json(), 4, folders["train_cam"] / "weights.pt", CPU)
+
+
+# -- the plan
+
+
+def test_stages_name_each_other() -> None:
+    for name, stage in STAGES.items():
+        assert {*stage.needs, *stage.uses} <= STAGES.keys() - {name}
+        assert all(section in TrialConfig.model_fields for section in stage.reads)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        (["train_cam", "make_seed"], "no stage 'make_seed'; there are train_cam"),
+        (["make_seeds", "train_cam"], "make_seeds needs train_cam before it"),
+        (["train_cam", "train_cam"], "train_cam twice"),
+    ],
+)
+def test_a_plan_that_cannot_run_is_refused(stages: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_stages(tiny_config({"stages": stages}), {})
+
+
+def test_a_trial_without_crf_scores_its_seeds(storage: Storage, scenes: Path) -> None:
+    result, folders = run(storage, tiny_config({"stages": ["train_cam", "make_seeds", "evaluate"]}, scenes))
+    assert result["metrics"].keys() == {"bg_score", "seed_miou_train"}
+    with_crf, other = run(storage, tiny_config(root=scenes))
+    assert with_crf["metrics"]["seed_miou_train"] == result["metrics"]["seed_miou_train"]
+    assert folders["make_seeds"] == other["make_seeds"] and folders["evaluate"] != other["evaluate"]
+
+
+def test_overlays_are_pictures_of_their_images(storage: Storage, scenes: Path) -> None:
+    _, folders = run(storage, tiny_config(root=scenes))
+    for path in (folders["make_seeds"] / "overlays").iterdir():
+        with Image.open(path) as picture:
+            assert picture.mode == "RGB" and picture.size[::-1] == layout(scenes).image_size(path.stem)

@@ -1,0 +1,33 @@
+"""Tiny studies for the tests that run them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from rich.console import Console
+
+from ppc.artifacts import Storage
+from ppc.config import StudyConfig
+from ppc.launch import define, save
+from ppc.study import baseline, expand
+from ppc.trial import check_trial
+
+QUIET = Console(file=open(os.devnull, "w"))  # lives as long as the tests
+
+
+def make_study(storage: Storage, name: str = "k", **changes: Any) -> dict[str, Any]:
+    """A tiny study of three K and two seeds, saved."""
+    raw: dict[str, Any] = {
+        "name": name,
+        "base": {"runtime": changes.pop("runtime", {}), "train": changes.pop("train", {})},
+        "design": {"kind": "grid", "axes": {"contrast.prototype_top_k": changes.pop("k", [0, 4, 32])}},
+        "trial_seeds": changes.pop("seeds", [0, 1]),
+        "tiny": changes.pop("tiny", {}),
+    }
+    assert not changes
+    study = StudyConfig.model_validate(raw)
+    specs = expand(study, tiny=True, check=check_trial)
+    definition = define(study, specs, baseline(study, specs), storage)
+    save(definition, storage)
+    return definition
