@@ -127,7 +127,7 @@ def prepare_views(
     )
     kept_VC = None
     if absent_classes == "drop":
-        kept_VC = exists_VC & (workers.gather(assigned_VCP.sum(2)[None]).sum(0) > 0)
+        kept_VC = workers.gather(assigned_VCP.sum(2)[None]).sum(0) > 0  # each of them has a prototype
     return PreparedViews(
         features=features,
         label_VP=label_VP,
@@ -162,7 +162,7 @@ def contrast_terms(
     """
     proto_VCD, label_VP, kept_VC = views.proto_VCD, views.label_VP, views.kept_VC
     valid_VP = torch.ones_like(label_VP, dtype=torch.bool) if views.valid_VP is None else views.valid_VP
-    positive_VC = views.exists_VC if kept_VC is None else views.exists_VC & kept_VC
+    positive_VC = views.exists_VC if kept_VC is None else kept_VC
     to_own_and_other_VPE = torch.stack(
         [similarity(views.features[v], torch.cat([proto_VCD[v], proto_VCD[1 - v]])) for v in range(2)]
     )

@@ -113,6 +113,7 @@ def make_batch(
         feature = torch.rand(num_images, dim, height, width, generator=g, dtype=torch.float64) ** 2
         feature[:, :, 0, 1] = 0
         cam = torch.randn(num_images, num_classes, height, width, generator=g, dtype=torch.float64) + 0.3
+        cam[0] = cam[0].abs() + 0.2
         cam[:, silent_C] = -1.0
         valid = torch.rand(num_images, height, width, generator=g) < 0.8 if warped else None
         local = range(num_images)[images]
@@ -389,7 +390,7 @@ def test_oracle(variant: str, warped: bool) -> None:
 
 @pytest.mark.parametrize("seed", range(6))
 @pytest.mark.parametrize("shape", [(1, 2, 3, 3, 3), (2, 3, 8, 2, 4), (3, 21, 4, 4, 3), (2, 81, 4, 3, 3)])
-@pytest.mark.parametrize("base", [OFFICIAL, PAPER], ids=["official", "paper"])
+@pytest.mark.parametrize("base", [OFFICIAL, OFFICIAL | {"absent_classes": "drop"}, PAPER])
 def test_oracle_of_other_sizes(base: dict[str, Any], shape: tuple[int, int, int, int, int], seed: int) -> None:
     num_classes = shape[1]
     knobs = base | {"rank_start": num_classes // 7, "rank_end": max(1, round(num_classes * 13 / 21)), "top_k": 1 + seed}
@@ -411,6 +412,12 @@ def test_swapped_views_give_the_same_terms() -> None:
         for name in TERMS:
             assert_close(back[name], there[name], 1e-12, name)
         assert_close(back["source"], there["target"], 1e-12)
+
+
+def test_background_may_be_counted_from_the_end() -> None:
+    for knobs in (OFFICIAL, PAPER):
+        first, second = (run(make_batch(3, bg_index=5), knobs | {"bg_index": bg_index}) for bg_index in (5, -1))
+        assert all(torch.equal(first[name], second[name]) for name in first) and first["bg_share"] > 0
 
 
 def test_order_of_pixels_does_not_matter() -> None:

@@ -1,0 +1,145 @@
+"""The command line as a user meets it: what it prints, its exit codes, and one clear error for each mistake."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ppc import cli
+from ppc.artifacts import Storage
+from ppc.ledger import FINISHED, read_rows
+
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
+STUDIES = [path for path in EXPERIMENTS if "design:" in path.read_text()]
+TRIALS = [path for path in EXPERIMENTS if path not in STUDIES]
+pytestmark = pytest.mark.filterwarnings("ignore")
+
+# Imports of ray and mlflow fail as they do where neither is installed.
+BLOCKED = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("ray", "mlflow"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Block())
+from ppc.cli import main
+main()
+"""
+
+
+def call(
+    *words: str | Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str, str]:
+    """Run `ppc words` in this process; exit code, stdout, stderr."""
+    monkeypatch.setattr(sys, "argv", ["ppc", *map(str, words)])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capfd.readouterr()
+    return int(ended.value.code or 0), out, err
+
+
+@pytest.fixture
+def ppc(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # noqa: ANN201
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *words: call(*words, capfd=capfd, monkeypatch=monkeypatch)
+
+
+def test_run_local_works_with_neither_ray_nor_mlflow(tmp_path: Path) -> None:
+    words = ["run", str(TRIALS[-1]), "--tiny", "--local", "--storage", str(tmp_path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", BLOCKED, *words], capture_output=True, text=True, env=environment, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "mask_miou_train" in done.stdout
+    (result,) = tmp_path.glob("trials/*/result.json")
+    metrics = json.loads(result.read_text())["metrics"]
+    assert 0 < metrics["seed_miou_train"] < 1 and 0 < metrics["mask_miou_train"] < 1
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.stem)
+def test_every_study_runs_tiny_with_all_its_stages(path: Path, tmp_path: Path, ppc) -> None:  # noqa: ANN001
+    code, out, err = ppc("study", "launch", path, "--tiny", "--local", "--storage", tmp_path)
+    assert code == 0, out + err
+    name = next(tmp_path.glob("studies/*")).name
+    storage = Storage(tmp_path)
+    rows = read_rows(storage, storage.study(name).definition())
+    assert rows and all(row.state == FINISHED for row in rows)
+    assert all([s["name"] for s in row.result["stages"]] == row.config["stages"] for row in rows)
+    code, out, _ = ppc("report", name, "--storage", tmp_path)
+    assert code == 0 and all(row.variant in out for row in rows)
+    code, out, _ = ppc("study", "status", name, "--storage", tmp_path)
+    assert code == 0 and f"{len(rows)} finished" in out
+    code, _, err = ppc("figure", name, tmp_path / "picture.png", "--storage", tmp_path)
+    assert code == 0 and (tmp_path / "picture.png").stat().st_size > 1000, err
+
+
+@pytest.mark.parametrize("path", TRIALS, ids=lambda path: path.stem)
+def test_every_trial_file_runs_tiny(path: Path, tmp_path: Path, ppc) -> None:  # noqa: ANN001
+    code, out, err = ppc("run", path, "--tiny", "--local", "--storage", tmp_path)
+    assert code == 0, out + err
+
+
+def test_dry_run_prints_the_trials_and_writes_nothing(tmp_path: Path, ppc) -> None:  # noqa: ANN001
+    code, out, _ = ppc("study", "launch", STUDIES[0], "--dry-run", "--storage", tmp_path)
+    assert code == 0 and "6 trials" in out and "contrast.prototype_top_k=32" in out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["study", "launch", "nowhere.yaml"], "nowhere.yaml"),
+        (["study", "launch", STUDIES[0], "--set", "train.lr=1"], "did you mean train.learning_rate"),
+        (["run", TRIALS[0], "--set", "backbone.name=resnet51"], "resnet51"),
+        (["run", TRIALS[0], "--set", "backbone.weights=missing.pth"], "missing.pth"),
+        (["run", TRIALS[0], "--set", "data.name=voc", "--set", "data.root=no/such/folder"], "no/such/folder"),
+        (["run", TRIALS[0], "--set", "stages=[refine_crf]"], "refine_crf needs make_seeds"),
+        (
+            ["run", TRIALS[0], "--set", "train.batch_size=7", "--set", "runtime.workers=2"],
+            "multiple of runtime.workers",
+        ),
+        (["run", STUDIES[0]], "ppc study launch"),
+        (["study", "launch", TRIALS[0]], "ppc run"),
+        (["study", "status", "unknown"], "no study 'unknown'"),
+        (["report", "unknown"], "no study 'unknown'"),
+        (["data", "check", "no/such/folder"], "no/such/folder"),
+    ],
+)
+def test_a_mistake_is_one_clear_error(words: list[str], said: str, tmp_path: Path, ppc) -> None:  # noqa: ANN001
+    local = ["--local"] if words[0] == "run" or words[1] == "launch" else []
+    storage = [] if words[0] == "data" else ["--storage", tmp_path]
+    code, out, err = ppc(*words, *local, *storage)
+    assert code == 2 and said in err.replace("\n", " "), out + err
+    assert "Traceback" not in out + err
+
+
+def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path, ppc) -> None:  # noqa: ANN001
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    code, _, err = ppc("run", TRIALS[0], "--tiny", "--local", "--storage", blocked)
+    assert code == 2 and str(blocked) in err
+
+
+def test_data_commands(tmp_path: Path, ppc) -> None:  # noqa: ANN001
+    root = tmp_path / "scenes"
+    sizes = ["--num-train", "6", "--num-val", "2", "--image-px", "48"]
+    assert ppc("data", "make-scenes", root, *sizes)[0] == 0
+    code, out, _ = ppc("data", "check", root)
+    assert code == 0 and "train 6, val 2 images; 0 problem(s)" in out
+    image = sorted((root / "JPEGImages").iterdir())[0]
+    image.write_bytes(image.read_bytes()[:200])
+    code, out, _ = ppc("data", "check", root)
+    assert code == 1 and image.name in out
+
+
+def test_schema_and_doctor(tmp_path: Path, ppc) -> None:  # noqa: ANN001
+    code, out, _ = ppc("schema")
+    assert code == 0 and "design" in json.loads(out)["properties"]
+    code, out, _ = ppc("doctor", "--storage", tmp_path)
+    assert code == 0 and "torch" in out and str(tmp_path) in out.replace("\n", "")

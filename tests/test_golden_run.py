@@ -1,0 +1,124 @@
+"""Golden runs: the losses of tiny fixed trainings, to the fifth digit.
+
+Weights, images and labels come from formulas, so no generator of random numbers but ours (dropout, views, the draws of
+the contrast, all seeded per sample) moves them. A refactoring leaves the files alone. A change that is meant to move
+numbers replaces them in the same commit, which says why:
+
+    python tests/test_golden_run.py        # shows what moved, then writes tests/golden/*_tiny_cpu.txt
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GOLDEN
+from tiny_run import curve, formula_batch, tiny_config
+from torch import nn
+
+from ppc.artifacts import StageDir
+from ppc.methods import Losses, build_net
+from ppc.optim import make_sgd, param_groups
+from ppc.prototypes import ALONE
+from ppc.train import Job, fit
+
+STEPS = 20
+COMMON: dict[str, Any] = {
+    "views.flip": True, "views.rotate_deg": 20, "views.translate_px": 4, "train.learning_rate": 0.003,
+    "contrast.projector_dim": 16, "contrast.prototype_top_k": 6,
+}  # fmt: skip
+RUNS: dict[str, dict[str, Any]] = {
+    "seam_ppc": {},
+    "seam_ppc_paper": {"contrast.preset": "paper"},
+    "seam": {"contrast.prototype_top_k": 0},
+    "cam_ppc": {"method.name": "cam"},
+}
+
+
+def fill(net: nn.Module) -> None:
+    """Weights from a formula: a sine over each tensor, scaled as Kaiming's normal would be; norms as they are."""
+    for index, parameter in enumerate(p for p in net.parameters() if p.ndim > 1):
+        wave = torch.sin(
+            torch.linspace(0, 7.3 * parameter.numel() ** 0.5 + index, parameter.numel(), dtype=torch.float64)
+        )
+        fan_in = parameter[0].numel()
+        parameter.data.copy_((wave * math.sqrt(4 / fan_in)).view_as(parameter))
+
+
+def losses(name: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> list[float]:
+    """The total loss of each step."""
+    cfg = tiny_config({**COMMON, **RUNS[name]})
+    net = build_net(cfg, 3, pretrained=False).to(dtype)
+    fill(net)
+
+    def batches(epoch: int) -> Iterator[dict[str, Any]]:
+        for index in range(STEPS):
+            batch = formula_batch(shift=0.4 * index)
+            batch["sample_seed_N"] += 100 * index
+            yield {**batch, "image_N3HW": batch["image_N3HW"].to(dtype)}
+
+    groups = param_groups(net, weight_decay=5e-4, new_layer_lr_mult=10, bias_lr_mult=2)
+    job = Job(
+        net=net,
+        optimizer=make_sgd(groups, lr=cfg.train.learning_rate, momentum=5e-4),
+        batches=batches,
+        losses=Losses(cfg, ALONE, 1),
+        epochs=1,
+        steps_per_epoch=STEPS,
+        poly_power=0.9,
+        precision="fp32",
+    )
+    folder.mkdir(parents=True)
+    stage = StageDir(folder, "golden", name)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        fit(job, stage, cfg.runtime, torch.device("cpu"))
+    finally:
+        torch.set_num_threads(before)
+    return [metrics["train/loss"] for _, metrics in curve(stage)]
+
+
+def path_of(name: str) -> Path:
+    return GOLDEN / f"{name}_tiny_cpu.txt"
+
+
+def read(name: str) -> list[float]:
+    lines = path_of(name).read_text().splitlines()
+    return [float(line.split()[1]) for line in lines if not line.startswith("#")]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_losses_are_those_of_the_file(name: str, tmp_path: Path) -> None:
+    got, wanted = losses(name, tmp_path / "run"), read(name)
+    assert len(wanted) == STEPS
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(wanted), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_run_is_stable_at_that_tolerance(name: str, tmp_path: Path) -> None:
+    """In float64, where no last bit decides a rank or a tie, the curve is the same."""
+    got = losses(name, tmp_path / "run", dtype=torch.float64)
+    torch.testing.assert_close(torch.tensor(got), torch.tensor(read(name)), rtol=1e-5, atol=0)
+
+
+def write(name: str) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        values = losses(name, Path(folder) / "run")
+    if path_of(name).exists():
+        gap = max(abs(new / old - 1) for new, old in zip(values, read(name), strict=True))
+        print(f"{name}: largest relative change {gap:.2g}")
+    header = f"# step and loss of the golden run {name} on a CPU; made by: python tests/test_golden_run.py\n"
+    lines = [f"{step} {value:.9g}\n" for step, value in enumerate(values, 1)]
+    path_of(name).write_text(header + "".join(lines))
+
+
+if __name__ == "__main__":
+    for run in sys.argv[1:] or RUNS:
+        write(run)
