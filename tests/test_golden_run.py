@@ -1,10 +1,12 @@
-"""Golden runs: the losses of tiny fixed trainings, to the fifth digit.
+"""Golden runs: the losses of tiny fixed trainings, to the fifth digit, on one thread.
 
 Weights, images and labels come from formulas, so no generator of random numbers but ours (dropout, views, the draws of
-the contrast, all seeded per sample) moves them. A refactoring leaves the files alone. A change that is meant to move
-numbers replaces them in the same commit, which says why:
+the contrast, all seeded per sample) moves them. They run in float64: in float32 the last bit soon decides a rank or a
+tie, and the losses of two machines part in the third digit within 20 steps (measured with weights moved by 1e-7; in
+float64 with weights moved by 1e-14 they agree in all digits of the file). A refactoring leaves the files alone. A
+change that is meant to move numbers replaces them in the same commit, which says why:
 
-    python tests/test_golden_run.py        # shows what moved, then writes tests/golden/*_tiny_cpu.txt
+    python tests/test_golden_run.py        # says how much moved, and writes tests/golden/*_tiny_cpu.txt
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from ppc.train import Job, fit
 
 STEPS = 20
 COMMON: dict[str, Any] = {
-    "views.flip": True, "views.rotate_deg": 20, "views.translate_px": 4, "train.learning_rate": 0.003,
+    "views.flip": True, "views.rotate_deg": 20, "views.translate_px": 4, "train.learning_rate": 3e-4,
     "contrast.projector_dim": 16, "contrast.prototype_top_k": 6,
 }  # fmt: skip
 RUNS: dict[str, dict[str, Any]] = {
@@ -51,7 +53,7 @@ def fill(net: nn.Module) -> None:
         parameter.data.copy_((wave * math.sqrt(4 / fan_in)).view_as(parameter))
 
 
-def losses(name: str, folder: Path, *, dtype: torch.dtype = torch.float32) -> list[float]:
+def losses(name: str, folder: Path, *, dtype: torch.dtype = torch.float64) -> list[float]:
     """The total loss of each step."""
     cfg = tiny_config({**COMMON, **RUNS[name]})
     net = build_net(cfg, 3, pretrained=False).to(dtype)
@@ -102,10 +104,18 @@ def test_the_losses_are_those_of_the_file(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_the_run_is_stable_at_that_tolerance(name: str, tmp_path: Path) -> None:
-    """In float64, where no last bit decides a rank or a tie, the curve is the same."""
-    got = losses(name, tmp_path / "run", dtype=torch.float64)
-    torch.testing.assert_close(torch.tensor(got), torch.tensor(read(name)), rtol=1e-5, atol=0)
+def test_float32_sets_out_on_the_same_curve(name: str, tmp_path: Path) -> None:
+    got = losses(name, tmp_path / "run", dtype=torch.float32)
+    torch.testing.assert_close(torch.tensor(got[:2]), torch.tensor(read(name)[:2]), rtol=1e-5, atol=0)
+
+
+def test_the_files_tell_the_runs_apart() -> None:
+    curves = [read(name) for name in RUNS]
+    for step in range(STEPS):
+        values = sorted(curve[step] for curve in curves)
+        assert all(b / a > 1.001 for a, b in zip(values, values[1:], strict=False)), step
+    for values in curves:
+        assert len(set(values)) == STEPS
 
 
 def write(name: str) -> None:

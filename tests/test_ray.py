@@ -66,6 +66,14 @@ def test_a_trial_that_asks_for_more_than_there_is_fails_with_that_word(tmp_path:
     assert time.monotonic() - start < 20
 
 
+@pytest.mark.parametrize("engine", ["task", "train"])
+def test_what_a_worker_raises_is_what_the_trial_raises(engine: str, tmp_path: Path, ray_here: None) -> None:
+    storage = Storage(tmp_path)
+    study = make_study(storage, k=[4], seeds=[0], tiny={"train.batch_size": 64})
+    with pytest.raises(ValueError, match="train.batch_size is 64 but the split has"):
+        run_one(storage, study, tmp_path / "scratch", {"engine": engine})
+
+
 def test_a_killed_training_process_is_started_again_from_its_checkpoint(tmp_path: Path, ray_here: None) -> None:
     long = {"train.epochs": 6}
     calm = Storage(tmp_path / "calm")
