@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= ppc-storage
 
-.PHONY: setup demo test test-fast check bench clean
+.PHONY: setup demo test test-fast check clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -28,9 +28,6 @@ check: setup ## ruff, mypy, import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-
-bench: setup ## CPU rows of bench/RESULTS.md
-	$(BIN)/python -m bench
 
 clean:
 	rm -rf $(VENV) build *.egg-info

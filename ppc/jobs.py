@@ -1,0 +1,309 @@
+"""Studies as Ray jobs: send one to a cluster, follow and stop it, from a machine that reaches only the job server.
+
+A job is the command that a user would type on the head: it runs there, with this machine's `ppc` and the experiment
+files packed along. All that lasts is on the storage, so a stopped or dead job is taken up by another one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import shlex
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import ray
+import requests
+from ray.exceptions import AuthenticationError
+from ray.job_submission import JobSubmissionClient
+
+from ppc.config import TrialConfig
+from ppc.loading import load_study
+from ppc.pack import JOB_ENV, STOP_WAIT_S, LaunchOptions, experiment_files, is_absolute, job_env, packed, shared_storage
+from ppc.study import expand
+from ppc.trial import check_trial
+
+# The driver of a study belongs on the head, and takes no CPU from the trials.
+ON_HEAD = {"node:__internal_head__": 0.001}
+DONE = ("SUCCEEDED", "FAILED", "STOPPED")
+MAX_BROKEN = 5  # connections in a row that break while a log is followed
+
+
+@dataclass(frozen=True)
+class Job:
+    """A launch of a study on a cluster, as its job server knows it."""
+
+    id: str
+    study: str
+    status: str  # PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED
+    storage: str
+    message: str
+    exit_code: int | None
+    started_ms: int | None
+    ended_ms: int | None
+
+    @property
+    def ended(self) -> bool:
+        """Whether its process is gone."""
+        return self.status in DONE
+
+
+# -- what users do
+
+
+def submit(file: Path, address: str, *, storage: str, options: LaunchOptions | None = None) -> str:
+    """Send a study to the cluster behind a job server (`http://HEAD:8265`); the id of its job.
+
+    ValueError names what is wrong with the file, the storage, the package or the cluster, before anything is sent.
+    """
+    options = options or LaunchOptions()
+    study = load_study(file, overrides=options.sets)
+    of_trial = [item for item in options.sets if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
+    for spec in expand(study, overrides=of_trial, tiny=options.tiny, check=check_trial):
+        for name, path in (("data.root", spec.config.data.root), ("backbone.weights", spec.config.backbone.weights)):
+            if path is not None and not is_absolute(path):
+                raise ValueError(
+                    f"{name}: {path} means another file on every node; give its absolute path on the cluster, "
+                    f"for instance --set {name}=/shared/{path}"
+                )
+    name = study.name + ("-tiny" if options.tiny else "")
+    with packed(options.working_dir, experiment_files(file)) as (folder, names):
+        words = ["ppc", "study", "launch", names[0]]
+        words += [word for item in options.sets for word in ("--set", item)] + (["--tiny"] if options.tiny else [])
+        return _launch(_Server(address), name, storage, words, folder, options)
+
+
+def resubmit(study: str, address: str, *, storage: str | None = None, options: LaunchOptions | None = None) -> str:
+    """Send `ppc study resume`; the id of its job. The storage is that of the study's last job when none is given."""
+    server, options = _Server(address), options or LaunchOptions()
+    with packed(options.working_dir, []) as (folder, _):
+        words = ["ppc", "study", "resume", study]
+        return _launch(server, study, storage or server.last_storage(study), words, folder, options)
+
+
+def ask(study: str, address: str, words: Sequence[str], *, storage: str | None = None) -> tuple[str, int]:
+    """Run a command that only reads (`ppc study status NAME`) on the head; what it printed, and its exit status.
+
+    For users whose machine does not see the storage. It takes the time of a process that imports Ray's runtime.
+    """
+    server = _Server(address)
+    entry = "exec " + shlex.join([*words, "--storage", shared_storage(storage or server.last_storage(study))])
+    with packed(None, []) as (folder, _):
+        job_id = server.post(entry, folder, JOB_ENV, {"ppc_question": study})
+    text = "".join(server.follow(job_id))
+    job = server.job(job_id)
+    if job.exit_code is None:
+        raise ValueError(f"the cluster could not run `{entry}`: {job.message or job.status}")
+    return text.partition(f"Running entrypoint for job {job_id}: {entry}\n")[2], job.exit_code
+
+
+def logs(job_id: str, address: str, *, follow: bool = False) -> Iterator[str]:
+    """What a job printed, in pieces; with `follow` until it ends, over broken connections."""
+    server = _Server(address)
+    server.job(job_id)
+    if follow:
+        yield from server.follow(job_id)
+    else:
+        yield str(server.call("get_job_logs", job_id))
+
+
+def status(job_id: str, address: str) -> Job:
+    """How a job stands; ValueError when the cluster has none of that id."""
+    return _Server(address).job(job_id)
+
+
+def stop(job_id: str, address: str, *, wait_s: float = STOP_WAIT_S + 15) -> Job:
+    """Ask a job to end and wait for it: its trials save what they have, and `resume` takes them up."""
+    server = _Server(address)
+    job = server.job(job_id)
+    if not job.ended:
+        server.call("stop_job", job_id)
+    deadline = time.monotonic() + wait_s
+    while not job.ended:
+        if time.monotonic() > deadline:
+            raise ValueError(f"{job_id} was told to stop but is {job.status} after {wait_s:g} s: ppc logs {job_id}")
+        time.sleep(0.5)
+        job = server.job(job_id)
+    return job
+
+
+def find_jobs(address: str, study: str | None = None) -> list[Job]:
+    """Launches that this cluster has seen, oldest first: all, or those of a study."""
+    return _Server(address).launches(study)
+
+
+# -- the job server
+
+
+class _Server:
+    """A job server; every error of it is one ValueError that says what to do."""
+
+    def __init__(self, address: str) -> None:
+        self.address = address.rstrip("/")
+        _check_answers(self.address)
+        with self._clear(), _no_ray_address():
+            self._client = JobSubmissionClient(self.address)
+
+    @contextmanager
+    def _clear(self) -> Iterator[None]:
+        try:
+            yield
+        except AuthenticationError as error:
+            raise ValueError(
+                f"{self.address} wants a token: export RAY_AUTH_MODE=token, and put the token (on the head: ray "
+                "get-auth-token) into ~/.ray/auth_token or RAY_AUTH_TOKEN"
+            ) from error
+        except requests.exceptions.RequestException as error:
+            raise ValueError(f"{self.address} went away ({type(error).__name__})") from error
+        except RuntimeError as error:  # what the job server answers
+            raise ValueError(f"{self.address}: {error}") from error
+
+    def call(self, name: str, *args: Any, **options: Any) -> Any:
+        """A method of Ray's client."""
+        with self._clear():
+            return getattr(self._client, name)(*args, **options)
+
+    def job(self, job_id: str) -> Job:
+        """A job of this cluster."""
+        try:
+            return _job(self.call("get_job_info", job_id))
+        except ValueError as error:
+            if "does not exist" not in str(error):
+                raise
+            known = ", ".join(job.id for job in self.launches(None)[-5:]) or "none"
+            raise ValueError(f"no job {job_id} at {self.address}; the last ones there: {known}") from error
+
+    def launches(self, study: str | None) -> list[Job]:
+        """Jobs that launched something, questions and foreign jobs left out."""
+        jobs = [_job(details) for details in self.call("list_jobs") if "ppc_study" in (details.metadata or {})]
+        return sorted(
+            (job for job in jobs if study in (None, job.study)), key=lambda job: (job.started_ms or 0, job.id)
+        )
+
+    def last_storage(self, study: str) -> str:
+        """Storage of a study's last launch."""
+        jobs = self.launches(study)
+        if not jobs:
+            raise ValueError(f"{self.address} has launched no study {study} since it started; pass --storage")
+        return jobs[-1].storage
+
+    def post(
+        self, entry: str, folder: Path, env: Mapping[str, str], metadata: Mapping[str, str], job_id: str | None = None
+    ) -> str:
+        """Send a command with its folder."""
+        runtime = {"working_dir": str(folder), "env_vars": dict(env)}
+        options = {"metadata": dict(metadata), "submission_id": job_id, "entrypoint_resources": ON_HEAD}
+        return str(self.call("submit_job", entrypoint=entry, runtime_env=runtime, **options))
+
+    def follow(self, job_id: str) -> Iterator[str]:
+        """The log until the job ends; a new connection goes on where a broken one stopped."""
+        sent = broken = 0
+        while True:
+            try:
+                ended = self.job(job_id).ended  # asked first: what it wrote until then is read below
+                seen = 0
+                for text in _tail(lambda: self._client.tail_job_logs(job_id)):
+                    new, seen = text[max(0, sent - seen) :], seen + len(text)
+                    sent, broken = max(sent, seen), 0
+                    if new:
+                        yield new
+                if ended:
+                    return
+            except (ValueError, OSError, RuntimeError, aiohttp.ClientError) as error:
+                broken += 1
+                if broken > MAX_BROKEN:
+                    raise ValueError(f"the log of {job_id} cannot be followed: {error}") from error
+            time.sleep(1)
+
+
+def _check_answers(address: str) -> None:
+    """ValueError when nothing, or something else, answers within seconds; Ray's client would wait for minutes."""
+    if not re.match(r"https?://[^/]+$", address):
+        raise ValueError(f"{address} is not the address of a job server, which looks like http://HEAD:8265")
+    try:
+        with urllib.request.urlopen(f"{address}/api/version", timeout=5) as answer:
+            version = str(json.loads(answer.read())["ray_version"])
+    except urllib.error.HTTPError as error:
+        if error.code in (401, 403):  # it wants a token, which Ray's client has if there is one
+            return
+        raise ValueError(f"{address} answers, but not as Ray's job server (HTTP {error.code})") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{address} answers, but not as Ray's job server") from error
+    except OSError as error:
+        raise ValueError(
+            f"no job server answers at {address}: {getattr(error, 'reason', None) or error}; is the head running, and "
+            "can this machine reach its port? (a tunnel: ssh -N -L 8265:localhost:8265 HEAD)"
+        ) from error
+    if version.split(".")[:2] != ray.__version__.split(".")[:2]:
+        raise ValueError(f"the cluster runs Ray {version}, this machine {ray.__version__}; install one version")
+
+
+@contextmanager
+def _no_ray_address() -> Iterator[None]:
+    """Ray lets these variables win over the address that a user typed."""
+    names = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(before)
+
+
+def _launch(server: _Server, study: str, storage: str, words: list[str], folder: Path, options: LaunchOptions) -> str:
+    env = job_env(options, os.environ)
+    words = [*words, "--address", "auto", "--storage", shared_storage(storage), *options.words()]
+    metadata = {"ppc_study": study, "ppc_storage": storage}
+    for _ in range(5):
+        jobs = server.launches(study)
+        for job in jobs:
+            if not job.ended and job.storage == storage:
+                raise ValueError(
+                    f"study {study} is being run by {job.id}; follow it: ppc logs {job.id} -f, or end it: "
+                    f"ppc study stop {study}"
+                )
+        used = [int(tail) for job in jobs if (tail := job.id.rpartition("-")[2]).isdigit()]
+        job_id = f"ppc-{study}-{1 + max(used, default=0)}"
+        try:
+            # exec: the signal of a stop reaches ppc itself and no shell around it
+            return server.post(f"exec {shlex.join(words)}", folder, env, metadata, job_id)
+        except ValueError as error:
+            if "already exists" not in str(error):
+                raise
+    raise ValueError(f"others submit {study} to {server.address} at the same time; try again")
+
+
+def _job(details: Any) -> Job:
+    metadata = details.metadata or {}
+    return Job(
+        id=str(details.submission_id or details.job_id),
+        study=metadata.get("ppc_study", ""),
+        status=str(details.status),
+        storage=metadata.get("ppc_storage", ""),
+        message=str(details.message or ""),
+        exit_code=details.driver_exit_code,
+        started_ms=details.start_time,
+        ended_ms=details.end_time or None,
+    )
+
+
+def _tail(open_log: Callable[[], Any]) -> Iterator[str]:
+    """The pieces of an asynchronous log, for callers that are not."""
+    loop = asyncio.new_event_loop()
+    pieces = open_log()
+    try:
+        while True:
+            yield loop.run_until_complete(anext(pieces))
+    except StopAsyncIteration:
+        return
+    finally:
+        loop.run_until_complete(pieces.aclose())
+        loop.close()
