@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import os
 import re
 import shlex
@@ -150,6 +151,8 @@ class _Server:
     def __init__(self, address: str) -> None:
         self.address = address.rstrip("/")
         _check_answers(self.address)
+        for name in ("dashboard.modules.dashboard_sdk", "dashboard.modules.job.sdk", "_private.runtime_env.packaging"):
+            logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)
         with self._clear(), _no_ray_address():
             self._client = JobSubmissionClient(self.address)
 
@@ -209,14 +212,14 @@ class _Server:
         sent = broken = 0
         while True:
             try:
-                ended = self.job(job_id).ended  # asked first: what it wrote until then is read below
                 seen = 0
                 for text in _tail(lambda: self._client.tail_job_logs(job_id)):
                     new, seen = text[max(0, sent - seen) :], seen + len(text)
                     sent, broken = max(sent, seen), 0
                     if new:
                         yield new
-                if ended:
+                if self.job(job_id).ended:  # else the connection ended, and not the job
+                    yield str(self.call("get_job_logs", job_id))[sent:]
                     return
             except (ValueError, OSError, RuntimeError, aiohttp.ClientError) as error:
                 broken += 1

@@ -165,7 +165,7 @@ def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_d
         with cluster(where.address, num_cpus=where.num_cpus):
             run_rows(todo, storage, launch_dir, max_concurrent=where.max_concurrent or study["max_concurrent"])
         return
-    rt = LocalRuntime(map_processes=1)
+    rt = LocalRuntime(map_processes=os.cpu_count() or 1)
     for row in todo:
         try:
             run_trial(

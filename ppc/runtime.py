@@ -110,14 +110,15 @@ class LocalRuntime:
         parts = chunks(items, cfg.images_per_task)
         results: list[list[Any]] = [[] for _ in parts]
         finished = 0
-        if self.map_processes == 1 or len(parts) == 1:
-            prepare_process(cfg.cpus_per_worker)
+        processes = min(self.map_processes, len(parts))
+        if processes <= 1 or (use_gpu and torch.cuda.is_available()):
+            prepare_process(1)
             for index, part in enumerate(parts):
                 results[index] = function(shared, part)
                 done(finished := finished + len(part))
         else:
             context = get_context("spawn")
-            with ProcessPoolExecutor(self.map_processes, context, prepare_process, (1,)) as pool:
+            with ProcessPoolExecutor(processes, context, prepare_process, (1,)) as pool:
                 futures = {pool.submit(function, shared, part): i for i, part in enumerate(parts)}
                 try:
                     for future in as_completed(futures):

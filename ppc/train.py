@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile, ZipFile
 
 import torch
 import torch.distributed as dist
@@ -154,9 +155,12 @@ def _load_newest(job: Job, stage: StageDir, device: torch.device) -> int:
     """Load the newest checkpoint that is whole; the epoch to go on with. All workers take the same one."""
     for path in checkpoints(stage):
         try:
+            with ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+                if (broken := archive.testzip()) is not None:
+                    raise BadZipFile(f"checksum of {broken}")
             state = torch.load(path, map_location=device, weights_only=True)
             key, epoch, net, optimizer = (state[name] for name in ("key", "epoch", "net", "optimizer"))
-        except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
+        except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError, BadZipFile) as error:
             print(f"checkpoint {path} is damaged ({type(error).__name__}); taking the one before", flush=True)
             continue
         if key != stage.key:

@@ -21,7 +21,7 @@ from ppc.data import VocLayout, open_dataset
 from ppc.data.check import fingerprint
 from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING
 from ppc.runtime import Runtime
-from ppc.stages import plan_stages, run_stage
+from ppc.stages import WEIGHTS, plan_stages, run_stage, seed_splits
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,7 @@ class TrialPlan:
 
 def data_splits(cfg: TrialConfig) -> list[str]:
     """Splits that a trial touches, in a fixed order."""
-    splits = [cfg.data.train_split, *cfg.seeds.splits]
-    if cfg.seeds.protocol == "val_subset":
-        splits.append(cfg.seeds.val_subset_split)
-    return list(dict.fromkeys(splits))
+    return list(dict.fromkeys([cfg.data.train_split, *seed_splits(cfg)]))
 
 
 def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, VocLayout]:
@@ -74,7 +71,8 @@ class Planner:
         if data_key not in self._data:
             self._data[data_key] = prepare_data(cfg.data, self.storage)
         data, dataset = self._data[data_key]
-        prints = {"data": self._data_print(dataset, data_key, tuple(data_splits(cfg)))}
+        splits = {split: self._split_print(dataset, data_key, split) for split in data_splits(cfg)}
+        prints = dict(splits)
         backbone = cfg.backbone
         if backbone.weights is not None:
             path = Path(backbone.weights).expanduser().resolve()
@@ -82,24 +80,20 @@ class Planner:
                 raise ValueError(f"backbone.weights: no file {path}")
             if path not in self._prints:
                 self._prints[path] = file_sha256(path)
-            prints["weights"] = self._prints[path]
+            prints[WEIGHTS] = self._prints[path]
             backbone = backbone.model_copy(update={"weights": str(path)})
         cfg = cfg.model_copy(update={"data": data, "backbone": backbone})
         stages = plan_stages(cfg, prints)
         unseeded = plan_stages(cfg.model_copy(update={"seed": 0}), prints)
         return TrialPlan(
-            cfg, content_key(["trial", stages]), content_key(["variant", unseeded]), stages, prints["data"]
+            cfg, content_key(["trial", stages]), content_key(["variant", unseeded]), stages, content_key(splits)
         )
 
-    def _data_print(self, dataset: VocLayout, data_key: str, splits: tuple[str, ...]) -> str:
-        if (data_key, splits) not in self._prints:
-            self._prints[data_key, splits] = content_key(
-                [
-                    fingerprint(dataset, [split], with_masks=dataset.has_masks(split), with_saliency=False)
-                    for split in splits
-                ]
-            )
-        return self._prints[data_key, splits]
+    def _split_print(self, dataset: VocLayout, data_key: str, split: str) -> str:
+        if (data_key, split) not in self._prints:
+            masks = dataset.has_masks(split)
+            self._prints[data_key, split] = fingerprint(dataset, [split], with_masks=masks, with_saliency=False)
+        return self._prints[data_key, split]
 
 
 def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:

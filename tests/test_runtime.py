@@ -66,8 +66,12 @@ def test_map_gives_results_in_the_order_of_the_items(processes: int) -> None:
     assert len(dones) == 3 and dones[-1] == 8 and dones == sorted(dones)
     assert ({pid for _, pid in results} == {os.getpid()}) == (processes == 1)
     assert LocalRuntime(processes).map(squares, 1, [], cfg, dones.append) == []
+
+
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_map_raises_what_its_function_raised(processes: int) -> None:
     with pytest.raises(OddError, match="item 7: is odd"):
-        LocalRuntime(processes).map(raise_at_7, 0, list(range(8)), cfg, dones.append)
+        LocalRuntime(processes).map(raise_at_7, 0, list(range(8)), RuntimeConfig(images_per_task=3), lambda done: None)
 
 
 def note_rank(payload: Path, device: torch.device) -> None:

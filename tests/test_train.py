@@ -241,6 +241,21 @@ def test_a_truncated_newest_checkpoint_falls_back_to_the_one_before(
     assert f"checkpoint {newest} is damaged" in capsys.readouterr().out
 
 
+def test_a_checkpoint_with_flipped_bytes_falls_back_too(
+    tmp_path: Path, scenes: Path, unbroken: StageDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cfg, folder = config(scenes, LONG), stage(tmp_path)
+    with pytest.raises(StopError):
+        train_until(cfg, folder, 5)
+    newest = checkpoints(folder)[0]
+    data = bytearray(newest.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 64] = bytes(255 - byte for byte in data[middle : middle + 64])
+    newest.write_bytes(data)
+    assert_identical(trained(cfg, folder), unbroken)
+    assert f"checkpoint {newest} is damaged" in capsys.readouterr().out
+
+
 def test_when_all_checkpoints_are_damaged_it_starts_anew(tmp_path: Path, scenes: Path, unbroken: StageDir) -> None:
     cfg, folder = config(scenes, LONG), stage(tmp_path)
     with pytest.raises(StopError):

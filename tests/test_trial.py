@@ -241,6 +241,17 @@ def test_pretrained_weights_are_known_by_their_contents(scenes: Path, storage: S
         plan_of(scenes, storage, {"backbone.weights": str(tmp_path / "nowhere.pth")})
 
 
+def test_other_splits_for_the_seeds_keep_the_trained_net(scenes: Path, storage: Storage) -> None:
+    plans = [
+        plan_of(scenes, storage, changes)
+        for changes in ({}, {"seeds.splits": ["train", "val"]}, {"seeds.protocol": "val_subset"})
+    ]
+    trained = {dict(plan.stages)["train_cam"] for plan in plans}
+    assert len(trained) == 1
+    assert len({dict(plan.stages)["make_seeds"] for plan in plans}) == 3
+    assert dict(plan_of(scenes, storage, {"data.train_split": "val"}).stages)["train_cam"] not in trained
+
+
 def test_splits_are_those_that_are_read() -> None:
     assert data_splits(tiny_config()) == ["train"]
     changes = {"seeds.splits": ["val", "train"], "seeds.protocol": "val_subset", "seeds.val_subset_split": "val"}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,29 +24,46 @@ class Stage:
     """A step of the pipeline.
 
     `version` changes when the same inputs give other numbers. `reads` are the config sections that decide the result,
-    `needs` the stages whose files it reads, `uses` those whose files it reads when the trial has them.
+    `needs` the stages whose files it reads, `uses` those whose files it reads when the trial has them, and `contents`
+    names the data it looks at: splits, and `weights`.
     """
 
     run: Callable[[StageContext], dict[str, Any]]
     version: int
     reads: tuple[str, ...]
+    contents: Callable[[TrialConfig], Sequence[str]]
     needs: tuple[str, ...] = ()
     uses: tuple[str, ...] = ()
 
 
+def seed_splits(cfg: TrialConfig) -> list[str]:
+    """Splits that get seeds, and the one whose masks choose the score under protocol val_subset."""
+    chooses = [cfg.seeds.val_subset_split] if cfg.seeds.protocol == "val_subset" else []
+    return list(dict.fromkeys([*cfg.seeds.splits, *chooses]))
+
+
+def train_contents(cfg: TrialConfig) -> list[str]:
+    """The training split, and the pretrained weights."""
+    return [cfg.data.train_split, WEIGHTS]
+
+
+WEIGHTS = "weights"
+TRAIN_READS = ("seed", "data", "backbone", "method", "contrast", "views", "train")
+
 STAGES: dict[str, Stage] = {
-    "train_cam": Stage(train_cam, 1, ("seed", "data", "backbone", "method", "contrast", "views", "train")),
-    "make_seeds": Stage(make_seeds, 1, ("seed", "seeds"), needs=("train_cam",)),
-    "refine_crf": Stage(refine_crf, 1, ("crf",), needs=("make_seeds",)),
-    "evaluate": Stage(evaluate, 1, (), needs=("make_seeds",), uses=("refine_crf",)),
+    "train_cam": Stage(train_cam, 1, TRAIN_READS, train_contents),
+    "make_seeds": Stage(make_seeds, 1, ("seeds",), seed_splits, needs=("train_cam",)),
+    "refine_crf": Stage(refine_crf, 1, ("crf",), seed_splits, needs=("make_seeds",)),
+    "evaluate": Stage(evaluate, 1, (), seed_splits, needs=("make_seeds",), uses=("refine_crf",)),
 }
 
 
 def plan_stages(cfg: TrialConfig, fingerprints: Mapping[str, str]) -> list[tuple[str, str]]:
     """Names and content keys of a trial's stages.
 
-    A key is made of the stage's version, the config it reads, the contents of data and weights, and the keys of the
-    stages before it. ValueError for an unknown stage or one whose input no earlier stage makes.
+    A key is made of the stage's version, the config it reads, the contents it looks at (`fingerprints` by split, and of
+    the weights), and the keys of the stages before it. ValueError for an unknown stage, or one whose input no earlier
+    stage makes.
     """
     keys: dict[str, str] = {}
     for name in cfg.stages:
@@ -64,7 +81,7 @@ def plan_stages(cfg: TrialConfig, fingerprints: Mapping[str, str]) -> list[tuple
                 "version": stage.version,
                 "config": {section: cfg.decisive(section) for section in stage.reads},
                 "inputs": {need: keys[need] for need in (*stage.needs, *stage.uses) if need in keys},
-                "contents": dict(fingerprints),
+                "contents": {part: fingerprints.get(part) for part in stage.contents(cfg)},
             }
         )
     return list(keys.items())
