@@ -40,10 +40,9 @@ def _storage(path: Path) -> Any:
 
 
 def _run_defined(definition: dict[str, Any], storage: Any, where: Any) -> None:
-    from ppc.launch import run_study, save
+    from ppc.launch import run_study
 
-    save(definition, storage)
-    raise typer.Exit(run_study(storage, definition["name"], where, console))
+    raise typer.Exit(run_study(storage, definition["name"], where, console, definition))
 
 
 @app.command()
@@ -64,7 +63,7 @@ def run(
     from ppc.study import TrialSpec
 
     trial = load_trial(config, overrides=sets, shrink=tiny)
-    name = config.stem + ("-tiny" if tiny else "")
+    name = f"run-{config.stem}" + ("-tiny" if tiny else "")
     design = DesignConfig(kind="list", variants=[Variant(name=name)])
     study = StudyConfig(name=name, design=design, trial_seeds=[trial.seed])
     spec = TrialSpec(name, {}, trial.seed, trial)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -90,14 +92,31 @@ def define(study: StudyConfig, specs: Sequence[TrialSpec], baseline: str, storag
     }  # fmt: skip
 
 
-def save(definition: dict[str, Any], storage: Storage) -> None:
-    """Write `study.json`. A study of that name that is there keeps its date of creation."""
+def save(definition: dict[str, Any], storage: Storage) -> int:
+    """Write `study.json`; how many trials of an earlier study of that name are no longer part of it.
+
+    A study that is there keeps its date of creation, and results of trials stay on storage in any case.
+    """
     storage.check_writable()
     folder = storage.study(definition["name"])
     before = read_json(folder.path / "study.json")
+    left_out = 0
     if isinstance(before, dict) and "created_ms" in before:
         definition = {**definition, "created_ms": before["created_ms"]}
+        left_out = len({t["key"] for t in before["trials"]} - {t["key"] for t in definition["trials"]})
     write_json(folder.path / "study.json", definition)
+    return left_out
+
+
+def check_current(storage: Storage, rows: list[TrialRow]) -> None:
+    """ValueError when code, data or weights have changed since the study was defined: its keys would be false."""
+    planner = Planner(storage)
+    for row in rows:
+        if planner.plan(TrialConfig.model_validate(row.config)).key != row.key:
+            raise ValueError(
+                f"{row.label}: the code of a stage, the data or the weights have changed since the study was launched; "
+                "launch its file again (ppc study launch FILE): what has not changed is not run again"
+            )
 
 
 @contextmanager
@@ -121,13 +140,23 @@ def launch_lock(folder: StudyDir) -> Iterator[None]:
         lock.release()
 
 
-def run_study(storage: Storage, name: str, where: Where, console: Console) -> int:
-    """Run the missing trials of a saved study, then print its table. 0 when all trials have a result, else 1."""
+def run_study(
+    storage: Storage, name: str, where: Where, console: Console, definition: dict[str, Any] | None = None
+) -> int:
+    """Run the missing trials of a study, then print its table. 0 when all trials have a result, else 1.
+
+    With a definition that is saved first (a launch); without, the study is as it was saved (a resume).
+    """
+    storage.check_writable()
     folder = storage.study(name)
-    study = folder.definition()
+    if definition is None:
+        folder.definition()  # before the lock makes a folder of that name
     with launch_lock(folder):
+        left_out = save(definition, storage) if definition else 0
+        study = folder.definition()
         todo = missing(_settled(storage, study))
-        _say_plan(console, study, read_rows(storage, study), todo)
+        check_current(storage, todo)
+        _say_plan(console, study, read_rows(storage, study), todo, left_out)
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
         with SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
@@ -204,7 +233,21 @@ def _mark_killed(storage: Storage, rows: list[TrialRow]) -> None:
             trial.write_state(state=KILLED, ended_ms=now_ms())
 
 
-def _say_plan(console: Console, study: dict[str, Any], rows: list[TrialRow], todo: list[TrialRow]) -> None:
+def command() -> str:
+    """How the user can call us: `ppc` in an activated environment, else its path."""
+    found = shutil.which("ppc")
+    beside = Path(sys.executable).parent / "ppc"
+    if found is None and beside.exists():
+        return os.path.relpath(beside)
+    return "ppc"
+
+
+def _say_plan(
+    console: Console, study: dict[str, Any], rows: list[TrialRow], todo: list[TrialRow], left_out: int
+) -> None:
+    if left_out:
+        text = f"{left_out} trial(s) of an earlier study of this name are not in its file any more; their files stay"
+        console.print(text, highlight=False, markup=False)
     have = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
     console.print(f"study {study['name']}: {len(rows)} trials ({have}); {len(todo)} to run", highlight=False)
 
@@ -218,8 +261,8 @@ def _say_end(
             console.print(f"traceback of {row.label}: {where}", highlight=False, soft_wrap=True)
     flag = f" --storage {storage.root}"
     if any(row.state != FINISHED for row in rows):
-        console.print(f"run what is missing: ppc study resume {study['name']}{flag}", highlight=False)
+        console.print(f"run what is missing: {command()} study resume {study['name']}{flag}", highlight=False)
     if loop.problem:
         console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", highlight=False)
     console.print(f"report: {files[0]}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow UI: ppc ui {study['name']}{flag}", highlight=False, soft_wrap=True)
+    console.print(f"MLflow UI: {command()} ui {study['name']}{flag}", highlight=False, soft_wrap=True)

@@ -20,7 +20,7 @@ from ppc.artifacts import Storage
 from ppc.config import TrialConfig
 from ppc.ledger import TrialRow
 from ppc.ray_runtime import RayRuntime, trial_resources
-from ppc.trial import run_trial
+from ppc.trial import record_failure, run_trial
 
 QUIET_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -93,5 +93,6 @@ def _drive(config: dict[str, Any], trials: dict[str, Any], root: str, scratch: s
     try:
         run_trial(TrialConfig.model_validate(data), config["key"], stages, Storage(Path(root)), RayRuntime(scratch))
         tune.report({"finished": 1})
-    except Exception:
+    except Exception as error:
+        record_failure(Storage(Path(root)).trial(config["key"]), error)
         tune.report({"finished": 0})

@@ -21,7 +21,7 @@ from ppc.data import VocLayout, open_dataset
 from ppc.data.check import fingerprint
 from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING
 from ppc.runtime import Runtime
-from ppc.stages import WEIGHTS, plan_stages, run_stage, seed_splits
+from ppc.stages import WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits
 
 
 @dataclass(frozen=True)
@@ -178,6 +178,15 @@ def _describe(error: BaseException, state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def record_failure(trial: TrialDir, error: Exception) -> None:
+    """Record what kept a trial from starting; what happens inside one is recorded by `run_trial` itself."""
+    if trial.state().get("state") in (FAILED, KILLED):
+        return
+    state = {"state": FAILED, "attempt": 0, "host": socket.gethostname(), "stage": None, "ended_ms": now_ms()}
+    write_json(trial.path / "error.json", _describe(error, state))
+    write_json(trial.path / "state.json", state)
+
+
 def run_trial(
     cfg: TrialConfig, key: str, stages: list[tuple[str, str]], storage: Storage, rt: Runtime
 ) -> dict[str, Any]:
@@ -202,7 +211,8 @@ def run_trial(
                 reused = manifest is not None
                 if manifest is None:
                     start = time.monotonic()
-                    outcome = run_stage(name, cfg, folder, folders, dataset, rt)
+                    inputs = {earlier: folders[earlier] for earlier in inputs_of(name, stages)}
+                    outcome = run_stage(name, cfg, folder, inputs, dataset, rt)
                     manifest = folder.finish(outcome, wall_s=time.monotonic() - start)
             done.append({"name": name, "key": stage_key, "reused": reused, "wall_s": manifest["wall_s"]})
             _merge(merged, manifest["result"])

@@ -24,6 +24,7 @@ def make_study(storage: Storage, name: str = "k", **changes: Any) -> dict[str, A
         "design": {"kind": "grid", "axes": {"contrast.prototype_top_k": changes.pop("k", [0, 4, 32])}},
         "trial_seeds": changes.pop("seeds", [0, 1]),
         "tiny": changes.pop("tiny", {}),
+        "metric": changes.pop("metric", "mask_miou_train"),
     }
     assert not changes
     study = StudyConfig.model_validate(raw)

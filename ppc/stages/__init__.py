@@ -80,11 +80,18 @@ def plan_stages(cfg: TrialConfig, fingerprints: Mapping[str, str]) -> list[tuple
                 "stage": name,
                 "version": stage.version,
                 "config": {section: cfg.decisive(section) for section in stage.reads},
-                "inputs": {need: keys[need] for need in (*stage.needs, *stage.uses) if need in keys},
+                "inputs": {earlier: keys[earlier] for earlier in inputs_of(name, list(keys.items()))},
                 "contents": {part: fingerprints.get(part) for part in stage.contents(cfg)},
             }
         )
     return list(keys.items())
+
+
+def inputs_of(name: str, stages: Sequence[tuple[str, str]]) -> list[str]:
+    """The stages among `stages` (names and keys, in order) that come before `name` and whose files it reads."""
+    names = [stage for stage, _ in stages]
+    earlier = names[: names.index(name)] if name in names else names
+    return [stage for stage in (*STAGES[name].needs, *STAGES[name].uses) if stage in earlier]
 
 
 def run_stage(

@@ -1,0 +1,120 @@
+"""What a launch promises about a study's files, whatever it runs on; here in this process, without Ray."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_study import QUIET, make_study
+
+import ppc.stages
+from ppc.artifacts import Storage
+from ppc.config import StudyConfig
+from ppc.launch import Where, command, define, launch_lock, run_study
+from ppc.ledger import FINISHED, PENDING, read_rows
+from ppc.study import baseline, expand
+from ppc.trial import check_trial
+
+HERE = Where(local=True, tracking="none")
+
+
+def stage_of(storage: Storage, study: dict, index: int, name: str) -> Path:
+    key = next(s["key"] for s in study["trials"][index]["stages"] if s["name"] == name)
+    return storage.stage(name, key).path
+
+
+def test_a_refused_launch_changes_nothing(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    study = make_study(storage, k=[4], seeds=[0])
+    before = (storage.study("k").path / "study.json").read_bytes()
+    with launch_lock(storage.study("k")):
+        code = (
+            "import sys; sys.path.insert(0, sys.argv[1]); from pathlib import Path;"
+            "from tiny_study import QUIET; from ppc.artifacts import Storage; from ppc.launch import Where, run_study;"
+            "storage = Storage(Path(sys.argv[2])); study = storage.study('k').definition();"
+            "run_study(storage, 'k', Where(local=True, tracking='none'), QUIET, {**study, 'note': 'another'})"
+        )
+        words = [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)]
+        done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0 and f"pid {os.getpid()}" in done.stderr
+    assert (storage.study("k").path / "study.json").read_bytes() == before
+    assert [row.state for row in read_rows(storage, study)] == [PENDING]
+
+
+def test_resume_refuses_keys_that_are_no_longer_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(tmp_path)
+    study = make_study(storage, k=[4], seeds=[0])
+    stages = dict(ppc.stages.STAGES)
+    stages["refine_crf"] = dataclasses.replace(stages["refine_crf"], version=stages["refine_crf"].version + 1)
+    monkeypatch.setattr(ppc.stages, "STAGES", stages)
+    with pytest.raises(ValueError, match="launch its file again"):
+        run_study(storage, "k", HERE, QUIET)
+    assert [row.state for row in read_rows(storage, study)] == [PENDING]
+
+
+def test_a_failed_trial_is_named_and_resumed_alone(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    study = make_study(storage, k=[0, 4], seeds=[0])
+    blocked = stage_of(storage, study, 1, "make_seeds")
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where a folder must be made")
+    assert run_study(storage, "k", HERE, QUIET) == 1
+    first, second = read_rows(storage, study)
+    assert first.state == FINISHED and second.error is not None and second.error["stage"] == "make_seeds"
+    blocked.unlink()
+    assert run_study(storage, "k", HERE, QUIET) == 0
+    assert [row.attempt for row in read_rows(storage, study)] == [1, 2]
+
+
+def test_a_relaunch_says_what_left_the_study_and_reuses_what_stayed(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    storage = Storage(tmp_path)
+    make_study(storage, k=[0, 4], seeds=[0])
+    assert run_study(storage, "k", HERE, QUIET) == 0
+    raw = {
+        "name": "k",
+        "design": {"kind": "grid", "axes": {"contrast.prototype_top_k": [4, 8]}},
+        "trial_seeds": [0],
+    }
+    study = StudyConfig.model_validate(raw)
+    specs = expand(study, tiny=True, check=check_trial)
+    said = Console(record=True, file=io.StringIO(), width=200)
+    definition = define(study, specs, baseline(study, specs), storage)
+    assert run_study(storage, "k", HERE, said, definition) == 0
+    assert "1 trial(s) of an earlier study of this name" in said.export_text()
+    four, eight = read_rows(storage, storage.study("k").definition())
+    assert (four.attempt, eight.attempt) == (1, 1)
+
+
+def test_a_trial_of_another_study_is_shown_as_reused(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    make_study(storage, name="a", k=[4], seeds=[0])
+    assert run_study(storage, "a", HERE, QUIET) == 0
+    second = make_study(storage, name="b", k=[4, 8], seeds=[0])
+    four, eight = read_rows(storage, second)
+    assert four.reused and four.state == FINISHED and eight.state == PENDING
+    assert run_study(storage, "b", HERE, QUIET) == 0
+    four, eight = read_rows(storage, second)
+    assert four.reused and four.attempt == 1 and not eight.reused
+
+
+def test_a_stage_sees_only_what_comes_before_it(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    order = ["train_cam", "make_seeds", "evaluate", "refine_crf"]
+    study = make_study(storage, k=[4], seeds=[0], tiny={"stages": order}, metric="seed_miou_train")
+    assert run_study(storage, "k", HERE, QUIET) == 0
+    (row,) = read_rows(storage, study)
+    assert row.result is not None and "mask_miou_train" not in row.result["metrics"]
+
+
+def test_the_command_that_is_printed_can_be_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
+    assert command() == "ppc"
+    monkeypatch.setenv("PATH", "")
+    assert Path(command()).exists()
