@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ppc.artifacts import StageDir, read_json
 from ppc.config import RuntimeConfig, TrialConfig
-from ppc.methods import Losses
+from ppc.methods import METHODS, Losses
 from ppc.prototypes import Workers
 from ppc.runtime import LocalRuntime
 from ppc.stages.train_cam import Payload, make_job, worker
@@ -26,7 +26,7 @@ from ppc.train import Job, checkpoints, fit, gather, rank, sum_over_workers, wor
 
 CPU = torch.device("cpu")
 LONG = {"train.epochs": 3, "train.momentum": 0.9}  # 6 steps; momentum is state that a resume could lose
-METHOD_X_PRESET = [(method, preset) for method in ("seam", "cam") for preset in ("official", "paper")]
+METHOD_X_PRESET = [(method, preset) for method in METHODS for preset in ("official", "paper")]
 
 
 @pytest.fixture(scope="session")
