@@ -7,13 +7,15 @@ written last: a stage without one is not done, whatever else lies in its folder.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
+import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -45,15 +47,19 @@ def file_sha256(path: Path) -> str:
 
 
 @contextmanager
-def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
-    """Open a file that appears under its name only when the block ends without an error."""
+def atomic_write(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
+    """Open a file that appears under its name only when the block ends without an error.
+
+    It outlives a power cut too, unless it is not `durable`.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     try:
         with os.fdopen(descriptor, mode) as handle:
             yield handle
-            handle.flush()
-            os.fsync(handle.fileno())
+            if durable:
+                handle.flush()
+                os.fsync(handle.fileno())
         os.chmod(temporary, 0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -61,10 +67,10 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
         raise
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     """Write plain data atomically; NaN and infinity are refused (ValueError)."""
     text = json.dumps(value, indent=1, allow_nan=False)
-    with atomic_write(path, "w") as handle:
+    with atomic_write(path, "w", durable=durable) as handle:
         handle.write(text + "\n")
 
 
@@ -80,7 +86,8 @@ class Journal:
     """Metric points of a stage, one JSON line each; safe to read while it is written.
 
     A point is {"t": unix ms, "step": int, "m": {name: value}}. After a restart the steps that are already there are
-    not written again, so a point keeps its first time and can be sent any number of times.
+    not written again, so a point keeps its first time and can be sent any number of times. `damaged` counts the lines
+    that are no points: they are passed over, by readers too.
     """
 
     def __init__(self, path: Path) -> None:
@@ -90,11 +97,16 @@ class Journal:
         if size > len(whole):  # a torn last line of a killed writer
             with path.open("r+b") as handle:
                 handle.truncate(len(whole))
-        self.last_step = max((point["step"] for point in _points(whole)), default=-1)
+        points = _points(whole)
+        self.damaged = whole.count(b"\n") - len(points)
+        self.last_step = max((point["step"] for point in points), default=-1)
         self._handle = path.open("ab", buffering=0)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append one point unless its step is already there. A value that is not finite is a ValueError."""
+        """Append one point unless its step is already there. A value that is not finite is a ValueError.
+
+        OSError when the point could not be written whole; nothing of it is left in the file.
+        """
         bad = [name for name, value in metrics.items() if not math.isfinite(value)]
         if bad:
             raise ValueError(
@@ -103,8 +115,18 @@ class Journal:
         if step <= self.last_step:
             return
         point = {"t": now_ms(), "step": step, "m": dict(metrics)}
-        self._handle.write((json.dumps(point, separators=(",", ":")) + "\n").encode())
+        self._append((json.dumps(point, separators=(",", ":")) + "\n").encode())
         self.last_step = step
+
+    def _append(self, line: bytes) -> None:
+        size = self._handle.seek(0, os.SEEK_END)
+        try:
+            written = self._handle.write(line)
+        except OSError as error:
+            raise OSError(error.errno, f"point not written: {error.strerror}", str(self.path)) from error
+        if written != len(line):  # a disk that is nearly full takes a part
+            self._handle.truncate(size)
+            raise OSError(errno.ENOSPC, "point not written, is the disk full?", str(self.path))
 
     def close(self) -> None:
         """Close the file."""
@@ -121,36 +143,65 @@ def _whole_lines(path: Path, offset: int = 0) -> tuple[bytes, int]:
 
 
 def _points(data: bytes) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in data.splitlines() if line.strip()]
+    """The lines that are points. Others are of a disk that was full or of a power cut, and must not stop a resume."""
+    points = []
+    for line in data.split(b"\n"):
+        with suppress(ValueError):
+            point = json.loads(line)
+            if isinstance(point, dict) and {"t", "step", "m"} <= point.keys():
+                points.append(point)
+    return points
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
-    """Points of a journal from a byte offset, and the offset to go on from. A torn last line is left for later."""
+    """Points of a journal from a byte offset, and the offset to go on from. A torn last line is left for later.
+
+    ValueError for an offset in the middle of a line: the journal is not the one that was read before.
+    """
+    if offset and path.exists():
+        with path.open("rb") as handle:
+            handle.seek(offset - 1)
+            if handle.read(1) not in (b"", b"\n"):
+                raise ValueError(f"{path}: byte {offset} is in the middle of a line; read it from the start")
     data, _ = _whole_lines(path, offset)
     return _points(data), offset + len(data)
 
 
 class Progress:
-    """How far a stage has come, in `progress.json`; written at most twice a second."""
+    """How far a stage has come, in `progress.json`; written at most twice a second.
+
+    `spent_s` is the time at work from the making of this object, on top of that of earlier attempts.
+    """
 
     def __init__(self, path: Path, *, total: int, unit: str) -> None:
         self.path, self.total, self.unit = path, total, unit
-        self._started_ms = now_ms()
+        self._before_s = spent_s(path) or 0.0
+        self._started = time.monotonic()
         self._first: int | None = None
         self._written = 0.0
 
     def update(self, done: int, **extra: Any) -> None:
-        """Say that `done` of `total` units are ready."""
+        """Say that `done` of `total` units are ready. A disk that is full does not end the work."""
         if self._first is None:
             self._first = done
         if done < self.total and time.monotonic() - self._written < 0.5:
             return
         self._written = time.monotonic()
-        spent_s = (now_ms() - self._started_ms) / 1000
-        rate = (done - self._first) / spent_s if spent_s > 0 else 0.0
+        now_s = time.monotonic() - self._started
+        rate = (done - self._first) / now_s if now_s > 0 else 0.0
         left_s = (self.total - done) / rate if rate > 0 else None
-        value = {"done": done, "total": self.total, "unit": self.unit, "left_s": left_s, "t": now_ms(), **extra}
-        write_json(self.path, value)
+        value = {
+            "done": done, "total": self.total, "unit": self.unit, "left_s": left_s, "t": now_ms(),
+            "spent_s": self._before_s + now_s, **extra,
+        }  # fmt: skip
+        with suppress(OSError):
+            write_json(self.path, value, durable=False)
+
+
+def spent_s(path: Path) -> float | None:
+    """Seconds at work, over all attempts, of a `progress.json`; None when it is not there."""
+    progress = read_json(path)
+    return progress.get("spent_s") if isinstance(progress, dict) else None
 
 
 @dataclass(frozen=True)
@@ -171,11 +222,20 @@ class StageDir:
         return manifest if done else None
 
     def finish(self, result: Mapping[str, Any], *, wall_s: float) -> dict[str, Any]:
-        """Declare the stage done. Nothing in the folder changes afterwards."""
+        """Declare the stage done. Nothing in the folder changes afterwards, but that checkpoints go: not before, for
+        a kill in between must not cost the training.
+
+        The manifest's `wall_s` is the time at work over all attempts, as `Progress` saw it: from the first step of
+        training, or from the first request for the tasks of a per-image stage (on a busy cluster these wait for CPUs).
+        The given `wall_s` is for a stage without progress.
+        """
+        spent = spent_s(self.path / "progress.json")
         manifest = {
-            "stage": self.stage, "key": self.key, "result": dict(result), "wall_s": wall_s, "finished_ms": now_ms(),
+            "stage": self.stage, "key": self.key, "result": dict(result),
+            "wall_s": wall_s if spent is None else spent, "finished_ms": now_ms(),
         }  # fmt: skip
         write_json(self.path / "manifest.json", manifest)
+        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # with what killed writers left there
         return manifest
 
     @contextmanager

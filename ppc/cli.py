@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.text import Text
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 study_app = typer.Typer(help="Launch, watch and resume studies.", no_args_is_help=True)
@@ -68,7 +69,7 @@ def run(
     study = StudyConfig(name=name, design=design, trial_seeds=[trial.seed])
     spec = TrialSpec(name, {}, trial.seed, trial)
     store = _storage(storage)
-    definition = define(study, [spec], name, store)
+    definition = define(study, [spec], name, store, any_metric=True)
     _run_defined(definition, store, Where(local, address, num_cpus, None, "none" if local else tracking))
 
 
@@ -100,8 +101,8 @@ def study_launch(
     if dry_run:
         for spec in specs:
             factors = ", ".join(f"{path}={value}" for path, value in spec.factors.items())
-            console.print(f"{spec.variant}  seed {spec.seed}  {factors}", highlight=False, soft_wrap=True)
-        console.print(f"{len(specs)} trials", highlight=False)
+            console.print(f"{spec.variant}  seed {spec.seed}  {factors}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{len(specs)} trials", highlight=False, markup=False)
         return
     store = _storage(storage)
     definition = define(study, specs, baseline(study, specs), store)
@@ -133,7 +134,8 @@ def study_status(
 ) -> None:
     """Trials x state, stage, progress and error. Exit code 1 when a trial failed."""
     from ppc.ledger import FAILED, RUNNING, counts, read_rows
-    from ppc.report import status_lines, status_table
+    from ppc.report import generated
+    from ppc.status import status_lines, status_table
 
     store = _storage(storage)
     study = store.study(name).definition()
@@ -141,16 +143,22 @@ def study_status(
         rows = read_rows(store, study)
         words = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
         if console.is_terminal:
-            console.print(status_table(rows, title=f"{name}: {words}"))
+            console.print(status_table(rows, title=f"{name}: {words}", generated=generated(study)))
         else:
-            print(f"{name}: {words}", *(f"  {line}" for line in status_lines(rows)), sep="\n")
+            lines = status_lines(rows, generated=generated(study))
+            print(f"{name}: {words}", *(f"  {line}" for line in lines), sep="\n")
         if not watch or not any(row.state == RUNNING for row in rows):
             break
         time.sleep(5)
     for row in rows:
         if row.error:
             where = store.trial(row.key).path / "error.json"
-            console.print(f"{row.label}: {row.error['message']}\n  traceback: {where}", highlight=False, soft_wrap=True)
+            console.print(
+                f"{row.label}: {row.error['message']}\n  traceback: {where}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
     raise typer.Exit(1 if any(row.state == FAILED for row in rows) else 0)
 
 
@@ -163,7 +171,7 @@ def report(name: str, storage: StorageOption = DEFAULT_STORAGE) -> None:
     built = build_report(store, name)
     files = write_report(built, store.study(name).path / "report")
     print_report(built, console)
-    console.print(f"report: {files[0]}", highlight=False, soft_wrap=True)
+    console.print(f"report: {files[0]}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -182,7 +190,7 @@ def figure(
     store = _storage(storage)
     row = pick_row(read_rows(store, store.study(name).definition()), variant, seed)
     save_picture(gallery(store, row, images), out)
-    console.print(f"{out}: {row.label}", highlight=False)
+    console.print(f"{out}: {row.label}", highlight=False, markup=False)
 
 
 @app.command()
@@ -198,7 +206,7 @@ def sync(name: str, storage: StorageOption = DEFAULT_STORAGE, tracking: Tracking
     tracker.sync(read_rows(store, study), final=True)
     tracker.attach(write_report(build_report(store, name), store.study(name).path / "report"))
     tracker.close()
-    console.print(f"{name} is in the tracker", highlight=False)
+    console.print(f"{name} is in the tracker", highlight=False, markup=False)
 
 
 @app.command()
@@ -216,11 +224,16 @@ def ui(
     if study is not None and experiment is None:
         store.study(study).definition()  # says so when there is no such study
     with start_ui(store, host, port) as server:
-        console.print(f"MLflow: {study_link(server.url, experiment)}\nCtrl-C ends it", highlight=False, soft_wrap=True)
+        console.print(
+            f"MLflow: {study_link(server.url, experiment)}\nCtrl-C ends it",
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
+        )
         try:
             server.wait()
         except KeyboardInterrupt:
-            console.print("stopped")
+            console.print("stopped", markup=False)
 
 
 @data_app.command("make-scenes")
@@ -236,7 +249,7 @@ def make_scenes_command(
     from ppc.data.scenes import make_scenes
 
     make_scenes(root, num_classes=num_classes, num_train=num_train, num_val=num_val, image_px=image_px, seed=seed)
-    console.print(f"{root}: {num_train} train and {num_val} val images, generated", highlight=False)
+    console.print(f"{root}: {num_train} train and {num_val} val images, generated", highlight=False, markup=False)
 
 
 @data_app.command("check")
@@ -252,9 +265,9 @@ def check(
     dataset = open_dataset("voc", root, labels=labels)
     problems = check_dataset(dataset, splits)
     for problem in problems:
-        console.print(str(problem), highlight=False, soft_wrap=True)
+        console.print(str(problem), highlight=False, markup=False, soft_wrap=True)
     sizes = ", ".join(f"{split} {len(dataset.ids(split))}" for split in splits if split in dataset.splits())
-    console.print(f"{root}: {sizes} images; {len(problems)} problem(s)", highlight=False)
+    console.print(f"{root}: {sizes} images; {len(problems)} problem(s)", highlight=False, markup=False)
     raise typer.Exit(1 if problems else 0)
 
 
@@ -265,7 +278,8 @@ def doctor(storage: StorageOption = DEFAULT_STORAGE) -> None:
 
     findings = examine(_storage(storage))
     for finding in findings:
-        console.print(f"[{'green' if finding.ok else 'red'}]{'ok' if finding.ok else 'MISSING':8}[/]{finding.text}")
+        word = Text(f"{'ok' if finding.ok else 'MISSING':8}", style="green" if finding.ok else "red")
+        console.print(word.append(finding.text, style="default"), soft_wrap=True)
     raise typer.Exit(0 if all(finding.ok or finding.optional for finding in findings) else 1)
 
 
@@ -281,7 +295,7 @@ def schema(
 
     if write is not None:
         for path in write_schemas(write):
-            console.print(str(path))
+            console.print(str(path), highlight=False, markup=False)
         return
     print(json.dumps(study_schema() if of == "study" else trial_schema(), indent=2))
 

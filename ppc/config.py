@@ -182,7 +182,8 @@ class SeedsConfig(Section):
     )
     protocol: Literal["fixed", "best_on_train", "val_subset"] = Field(
         "best_on_train",
-        description="who picks the background score: nobody; the masks of the first split; the masks of a drawn subset",
+        description="who picks the background score: nobody; the masks of data.train_split, which must be one of "
+        "splits; the masks of a drawn subset",
     )
     bg_score: Fraction = Field(0.26, ge=0, lt=1, description="the score of protocol fixed")
     val_subset_split: str = Field("val", description="split of protocol val_subset")
@@ -243,16 +244,40 @@ class TrialConfig(Section):
         """What of a section decides results, as plain data; the rest of the config does not enter a key."""
         if section == "seed":
             return self.seed
+        if section == "contrast" and not self.contrast.active:
+            return {"active": False}
+        if section == "views" and not self.contrast.active and self.method.name == "cam":
+            return {"target": False}  # plain CAM looks at the source view alone
         data = getattr(self, section).model_dump(mode="json")
-        if section == "contrast":
-            data.pop("preset")
-            if not self.contrast.active:
-                return {"active": False}
         if section == "data":
             return {"train_split": data["train_split"]}  # the contents are in the fingerprint
+        return {name: value for name, value in data.items() if name not in self._unread(section)}
+
+    def _unread(self, section: str) -> set[str]:
+        """Fields of a section that the rules chosen here never look at: trials that differ in them alone are one."""
+        unread: set[str] = set()
         if section == "backbone":
-            data.pop("weights")  # its sha256 is in the fingerprint
-        return data
+            unread.add("weights")  # its sha256 is in the fingerprint
+        elif section == "method" and self.method.name == "cam":
+            unread |= {"min_pool_weight", "er_weight", "ecr_weight"}
+        elif section == "contrast":
+            unread.add("preset")
+            if self.contrast.negatives != "ranks":
+                unread |= {"negative_rank_from", "negative_rank_to"}
+            if self.contrast.negatives != "random_half":
+                unread |= {"negative_pool", "negative_sample"}
+            if self.contrast.hard_pixels != "official":
+                unread.add("hard_pool")
+            if self.method.name == "cam":
+                unread.add("map_source")  # there is no refined map
+        elif section == "seeds":
+            # `overlays` decides no number and stays in the key all the same: a finished stage is not run again, so a
+            # trial that asks for other overlays than the one before it would not get them.
+            if self.seeds.protocol != "fixed":
+                unread.add("bg_score")
+            if self.seeds.protocol != "val_subset":
+                unread |= {"val_subset_split", "val_subset_images"}
+        return unread
 
 
 class Variant(Section):

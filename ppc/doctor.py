@@ -52,4 +52,5 @@ def _package(name: str, use: str, *, optional: bool) -> Finding:
     try:
         return Finding(True, f"{name} {importlib.metadata.version(name)}", optional)
     except importlib.metadata.PackageNotFoundError:
-        return Finding(False, f"{name} ({use}): pip install {name}", optional)
+        remedy = f"pip install -e '.[{name}]'" if name in EXTRAS else f"pip install {name}"
+        return Finding(False, f"{name} ({use}): {remedy}", optional)

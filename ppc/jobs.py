@@ -80,15 +80,15 @@ def submit(file: Path, address: str, *, storage: str, options: LaunchOptions | N
     with packed(options.working_dir, experiment_files(file)) as (folder, names):
         words = ["ppc", "study", "launch", names[0]]
         words += [word for item in options.sets for word in ("--set", item)] + (["--tiny"] if options.tiny else [])
-        return _launch(_Server(address), name, storage, words, folder, options)
+        return _launch(address, name, storage, words, folder, options)
 
 
 def resubmit(study: str, address: str, *, storage: str | None = None, options: LaunchOptions | None = None) -> str:
     """Send `ppc study resume`; the id of its job. The storage is that of the study's last job when none is given."""
-    server, options = _Server(address), options or LaunchOptions()
+    options = options or LaunchOptions()
+    storage = storage or _Server(address).last_storage(study)
     with packed(options.working_dir, []) as (folder, _):
-        words = ["ppc", "study", "resume", study]
-        return _launch(server, study, storage or server.last_storage(study), words, folder, options)
+        return _launch(address, study, storage, ["ppc", "study", "resume", study], folder, options)
 
 
 def ask(study: str, address: str, words: Sequence[str], *, storage: str | None = None) -> tuple[str, int]:
@@ -261,10 +261,11 @@ def _no_ray_address() -> Iterator[None]:
         os.environ.update(before)
 
 
-def _launch(server: _Server, study: str, storage: str, words: list[str], folder: Path, options: LaunchOptions) -> str:
+def _launch(address: str, study: str, storage: str, words: list[str], folder: Path, options: LaunchOptions) -> str:
     env = job_env(options, os.environ)
     words = [*words, "--address", "auto", "--storage", shared_storage(storage), *options.words()]
     metadata = {"ppc_study": study, "ppc_storage": storage}
+    server = _Server(address)
     for _ in range(5):
         jobs = server.launches(study)
         for job in jobs:

@@ -28,7 +28,7 @@ from ppc.runtime import LocalRuntime
 from ppc.study import TrialSpec
 from ppc.sync_loop import SyncLoop
 from ppc.tracking import make_tracker
-from ppc.trial import Planner, run_trial
+from ppc.trial import Planner, nearest, run_trial
 
 FORMAT = 1
 SETTLE_S = 20.0
@@ -59,18 +59,29 @@ def code_version() -> dict[str, Any]:
     return {"version": __version__, "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
-def define(study: StudyConfig, specs: Sequence[TrialSpec], baseline: str, storage: Storage) -> dict[str, Any]:
+def define(
+    study: StudyConfig, specs: Sequence[TrialSpec], baseline: str, storage: Storage, *, any_metric: bool = False
+) -> dict[str, Any]:
     """The study's list of trials with their keys: what `study.json` holds. Reads data and weights, writes nothing.
 
-    Generated scenes are made. All trials that cannot be planned are named in one ValueError.
+    Generated scenes are made. All that keeps a trial from being planned is in one ValueError. A trial of the same key
+    as one before it cannot be told from it: its entry names that one's variant under `same_as`. With `any_metric`, a
+    metric that the trials do not have is replaced by one that the last of them has.
     """
-    planner, trials, problems, data = Planner(storage), [], [], {}
+    planner, trials, data, metric = Planner(storage), list[dict[str, Any]](), {}, study.metric
+    problems, firsts = dict[str, list[str]](), dict[str, str]()
     for spec in specs:
         try:
             plan = planner.plan(spec.config)
         except ValueError as error:
-            problems.append(f"{spec.variant}: {error}")
+            for line in str(error).split("\n"):
+                problems.setdefault(line, []).append(spec.variant)
             continue
+        if metric not in plan.metrics and any_metric:
+            metric = (plan.metrics or [metric])[-1]
+        elif metric not in plan.metrics:
+            text = f"metric: these stages and splits give no {metric!r}{nearest(metric, plan.metrics)}"
+            problems.setdefault(text, []).append(spec.variant)
         section = plan.config.data
         data[section.root] = {"name": section.name, "root": section.root, "generated": section.name == "scenes"}
         trials.append(
@@ -81,11 +92,20 @@ def define(study: StudyConfig, specs: Sequence[TrialSpec], baseline: str, storag
                 "fingerprint": plan.fingerprint,
             }
         )  # fmt: skip
+        first = firsts.setdefault(plan.key, spec.variant)
+        if first != spec.variant:
+            trials[-1]["same_as"] = first
         data[section.root]["fingerprint"] = plan.fingerprint
     if problems:
-        raise ValueError("\n".join(dict.fromkeys(problems)))
+        everywhere = {spec.variant for spec in specs}
+        raise ValueError(
+            "\n".join(
+                text if everywhere <= set(found) else f"{', '.join(dict.fromkeys(found))}: {text}"
+                for text, found in problems.items()
+            )
+        )
     return {
-        "format": FORMAT, "name": study.name, "note": study.note, "metric": study.metric, "baseline": baseline,
+        "format": FORMAT, "name": study.name, "note": study.note, "metric": metric, "baseline": baseline,
         "factors": list(dict.fromkeys(name for spec in specs for name in spec.factors)), "trials": trials,
         "trial_seeds": study.trial_seeds, "data": list(data.values()), "created_ms": now_ms(),
         "code": code_version(), "max_concurrent": study.max_concurrent,
@@ -249,7 +269,9 @@ def _say_plan(
         text = f"{left_out} trial(s) of an earlier study of this name are not in its file any more; their files stay"
         console.print(text, highlight=False, markup=False)
     have = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
-    console.print(f"study {study['name']}: {len(rows)} trials ({have}); {len(todo)} to run", highlight=False)
+    console.print(
+        f"study {study['name']}: {len(rows)} trials ({have}); {len(todo)} to run", highlight=False, markup=False
+    )
 
 
 def _say_end(
@@ -258,11 +280,13 @@ def _say_end(
     for row in rows:
         if row.error:
             where = storage.trial(row.key).path / "error.json"
-            console.print(f"traceback of {row.label}: {where}", highlight=False, soft_wrap=True)
+            console.print(f"traceback of {row.label}: {where}", highlight=False, markup=False, soft_wrap=True)
     flag = f" --storage {storage.root}"
     if any(row.state != FINISHED for row in rows):
-        console.print(f"run what is missing: {command()} study resume {study['name']}{flag}", highlight=False)
+        console.print(
+            f"run what is missing: {command()} study resume {study['name']}{flag}", highlight=False, markup=False
+        )
     if loop.problem:
-        console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", highlight=False)
-    console.print(f"report: {files[0]}", highlight=False, soft_wrap=True)
-    console.print(f"MLflow UI: {command()} ui {study['name']}{flag}", highlight=False, soft_wrap=True)
+        console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", highlight=False, markup=False)
+    console.print(f"report: {files[0]}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"MLflow UI: {command()} ui {study['name']}{flag}", highlight=False, markup=False, soft_wrap=True)

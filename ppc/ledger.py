@@ -43,6 +43,7 @@ class TrialRow:
     started_ms: int | None
     ended_ms: int | None
     reused: bool  # finished before this study was launched
+    same_as: str | None = None  # the variant whose trial this is too: no evidence of its own
 
     @property
     def label(self) -> str:
@@ -99,6 +100,7 @@ def _row(storage: Storage, entry: dict[str, Any], created_ms: int) -> TrialRow:
         started_ms=state.get("started_ms"),
         ended_ms=state.get("ended_ms"),
         reused=result is not None and result.get("finished_ms", created_ms) < created_ms,
+        same_as=entry.get("same_as"),
     )
 
 
@@ -108,8 +110,12 @@ def read_rows(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
 
 
 def missing(rows: list[TrialRow]) -> list[TrialRow]:
-    """Trials that a launch has to run: all that are neither finished nor at work somewhere."""
-    return [row for row in rows if row.state not in (FINISHED, RUNNING)]
+    """Trials that a launch has to run: all that are neither finished nor at work somewhere, each key once."""
+    found: dict[str, TrialRow] = {}
+    for row in rows:
+        if row.state not in (FINISHED, RUNNING):
+            found.setdefault(row.key, row)
+    return list(found.values())
 
 
 def counts(rows: list[TrialRow]) -> dict[str, int]:

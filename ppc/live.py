@@ -10,10 +10,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 
 from ppc.artifacts import Storage, now_ms
 from ppc.ledger import FAILED, FINISHED, RUNNING, TrialRow, counts, read_rows
-from ppc.report import status_lines, status_table
+from ppc.report import generated
+from ppc.status import status_lines, status_table
 
 REFRESH_S = 1.0
 PLAIN_EVERY_S = 20.0
@@ -54,12 +56,15 @@ class LiveStatus:
         left = "?" if left_s is None else f"{left_s / 60:.1f} min"
         return f"{self._study['name']}: {words}; {spent_s / 60:.1f} min spent, about {left} left"
 
+    def _table(self, rows: list[TrialRow]) -> Table:
+        return status_table(rows, title=self._headline(rows), generated=generated(self._study))
+
     def _show(self) -> None:
         if self._console.is_terminal:
             with Live(console=self._console, auto_refresh=False) as live:
                 while not self._stop.wait(REFRESH_S):
                     rows = read_rows(self._storage, self._study)
-                    live.update(status_table(rows, title=self._headline(rows)), refresh=True)
+                    live.update(self._table(rows), refresh=True)
             return
         last = 0.0
         said: dict[str, str] = {}
@@ -68,7 +73,8 @@ class LiveStatus:
             states = {row.key: row.state for row in rows}
             if states != said or time.monotonic() - last > PLAIN_EVERY_S:
                 last, said = time.monotonic(), states
-                print(self._headline(rows), *(f"  {line}" for line in status_lines(rows)), sep="\n", flush=True)
+                lines = status_lines(rows, generated=generated(self._study))
+                print(self._headline(rows), *(f"  {line}" for line in lines), sep="\n", flush=True)
 
     def __enter__(self) -> LiveStatus:
         self._thread.start()

@@ -21,6 +21,7 @@ from ppc.config import StudyConfig, TrialConfig
 from ppc.schema import ConfigError, Problem, Raw, check_path, problems_of, validate
 
 Override = str | tuple[str, Any]
+Kept = Mapping[str, Collection[Any]]
 STUDY_FIELDS = tuple(name for name in StudyConfig.model_fields if name not in ("base", "design", "tiny"))
 
 # -- reading
@@ -163,7 +164,8 @@ def place(raw: Mapping[str, Any], path: str, value: Any, origin: str) -> Raw:
     return out
 
 
-def _get(raw: Any, path: str, default: Any) -> Any:
+def get(raw: Any, path: str, default: Any) -> Any:
+    """The value of a raw config at a dotted path, or the default where it is not given."""
     for part in path.split("."):
         if not isinstance(raw, Mapping) or part not in raw:
             return default
@@ -203,7 +205,7 @@ def override_study(raw: Mapping[str, Any], item: Override) -> Raw:
         problem = Problem(origin, path, f"no such field; did you mean {close[0]}?")
     elif path.partition(".")[0] in ("design", "tiny"):
         problem = Problem(origin, path, "cannot be set from outside; change it in the file")
-    elif problem is None and _get(raw, "design.kind", "") == "grid" and path in _get(raw, "design.axes", {}):
+    elif problem is None and get(raw, "design.kind", "") == "grid" and path in get(raw, "design.axes", {}):
         problem = Problem(origin, path, "is an axis of this study, so an override of it would have no effect")
     if problem is not None:
         raise ConfigError([problem])
@@ -241,15 +243,26 @@ TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another 
 }  # fmt: skip
 
 
-def tiny(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, keep: Collection[str] = ()) -> Raw:
+def _room(values: dict[str, Any], kept: Kept) -> None:
+    """Make the tiny crop and split as large as kept values need; of what is no number, validation tells."""
+    for small, large in (("views.target_px", "train.crop_px"), ("train.batch_size", "data.scenes.num_train")):
+        found = [int(value) for value in kept.get(small, ()) if str(value).isdecimal()]
+        if large not in kept:
+            values[large] = max([values[large], *found])
+
+
+def tiny(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, keep: Kept | None = None) -> Raw:
     """A raw trial shrunk to seconds on a CPU, on generated data.
 
-    `keep` names dotted fields that stay as they are; `extra` (dotted field -> value) has the last word.
+    `keep`: dotted fields that stay as they are, with the values that they take, for which crop and split are made large
+    enough. `extra` (dotted field -> value) has the last word.
     """
-    other = _get(raw, "data.name", "scenes") != "scenes"
+    keep = keep or {}
+    other = get(raw, "data.name", "scenes") != "scenes"
     values = {**TINY, **(TINY_DATA if other else {})}
-    if _get(raw, "views.target_px", 0) is None:
+    if get(raw, "views.target_px", 0) is None:
         values.pop("views.target_px")  # a view that is not rescaled stays so
+    _room(values, keep)
     out = Raw(raw)
     for path, value in values.items():
         out = out if path in keep else place(out, path, value, "--tiny")
@@ -267,12 +280,12 @@ def tiny(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, keep
 def tiny_note(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> str:
     """What `tiny` changes about a raw trial, in a sentence to print."""
     small = tiny(raw, extra)
-    changes: list[str] = []
+    changes = list[str]()
     for path, default in (("data.name", "scenes"), ("backbone.name", "tiny")):
-        before, after = _get(raw, path, default), _get(small, path, default)
+        before, after = get(raw, path, default), get(small, path, default)
         if before != after:
             changes.append(f"{path} {after} in place of {before}")
-    images, epochs = _get(small, "data.scenes.num_train", "?"), _get(small, "train.epochs", "?")
+    images, epochs = get(small, "data.scenes.num_train", "?"), get(small, "train.epochs", "?")
     size = f"tiny: {images} generated images, {epochs} epoch(s)"
     return f"{', '.join([size, *changes])}; its numbers say nothing about the experiment"
 

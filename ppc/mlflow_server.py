@@ -38,7 +38,7 @@ def default_uri(storage: Storage) -> str:
 def check_uri(uri: str) -> str:
     """The URI, made absolute; ValueError says what is wrong with it and what would be right."""
     if find_spec("mlflow") is None:
-        raise ValueError("MLflow is not installed: pip install 'ppc[mlflow]', or go without it by --tracking none")
+        raise ValueError("MLflow is not installed: pip install -e '.[mlflow]', or go without it by --tracking none")
     scheme = uri.partition("://")[0] if "://" in uri else ""
     if scheme in ("http", "https") or uri.partition(":")[0] == "databricks":
         return uri.rstrip("/")

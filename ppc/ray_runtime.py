@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import ray
 
 from ppc.config import RuntimeConfig
-from ppc.runtime import MapFunction, TrainWorker, chunks, prepare_process
+from ppc.runtime import MapFunction, TrainWorker, chunks, first_raise, prepare_process, raise_file, record_raise
 
 # A trial's placement group captures what its driver starts; DEFAULT lets it go anywhere in the cluster.
 ANYWHERE = {"scheduling_strategy": "DEFAULT"}
@@ -30,7 +31,7 @@ class RayRuntime:
 
     def train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
         """See `Runtime.train`."""
-        wait_for_resources(cfg)
+        wait_for_resources({"CPU": cfg.cpus_per_worker, "GPU": cfg.gpus_per_worker}, cfg.workers, cfg.resource_wait_s)
         several = cfg.workers > 1 or cfg.gpus_per_worker > 0
         if cfg.engine == "train" or (cfg.engine == "auto" and several):
             self._train_with_ray_train(worker, payload, cfg)
@@ -52,15 +53,18 @@ class RayRuntime:
         resources = {"CPU": cfg.cpus_per_worker}
         if cfg.gpus_per_worker:
             resources["GPU"] = cfg.gpus_per_worker
+        name = uuid.uuid4().hex  # never the name of an earlier run: Train would resume from its own snapshot
+        raised = Path(self.scratch) / f"{name}-raised"
+        raised.mkdir(parents=True)
         trainer = TorchTrainer(
             _train_loop,
-            train_loop_config={"worker": worker, "payload": payload, "cpus": cfg.cpus_per_worker},
+            train_loop_config={"worker": worker, "payload": payload, "cpus": cfg.cpus_per_worker, "raised": raised},
             scaling_config=ScalingConfig(
                 num_workers=cfg.workers, use_gpu=cfg.gpus_per_worker > 0, resources_per_worker=resources
             ),
             torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker >= 1 else "gloo", timeout_s=300),
             run_config=RunConfig(
-                name=uuid.uuid4().hex,  # never the name of an earlier run: Train would resume from its own snapshot
+                name=name,
                 storage_path=self.scratch,
                 # A controller that fails for ever would hang the grid; the default is no limit.
                 failure_config=FailureConfig(max_failures=cfg.max_failures, controller_failure_limit=10),
@@ -72,6 +76,8 @@ class RayRuntime:
             raise next(iter(error.worker_failures.values())) from error
         except TrainingFailedError as error:
             raise RuntimeError(f"Ray Train could not run the trial's workers: {error}") from error
+        if (first := first_raise(raised)) is not None:
+            raise first
 
     def map(
         self,
@@ -79,28 +85,26 @@ class RayRuntime:
         shared: Any,
         items: Sequence[Any],
         cfg: RuntimeConfig,
-        done: Callable[[int], None],
+        done: Callable[[int, Any], None],
         *,
         use_gpu: bool = False,
-    ) -> list[Any]:
-        """See `Runtime.map`: one task a chunk, on all CPUs of the cluster."""
+    ) -> None:
+        """See `Runtime.map`: one task a chunk, on all CPUs of the cluster, or on as many GPUs as training may use."""
         gpus = cfg.gpus_per_worker if use_gpu else 0
+        wait_for_resources({"CPU": 1, "GPU": gpus}, 1, cfg.resource_wait_s)
         task = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=cfg.max_failures + 1, **ANYWHERE)(_map_task)
         common = ray.put((function, shared))
         parts = chunks(items, cfg.images_per_task)
-        index_of = {task.remote(common, part): i for i, part in enumerate(parts)}
-        waiting, results, finished = list(index_of), [[] for _ in parts], 0  # type: ignore[var-annotated]
+        sizes = {task.remote(common, part): len(part) for part in parts}
+        finished = 0
         try:
-            while waiting:
-                ready, waiting = ray.wait(waiting, num_returns=1)
-                for ref in ready:
-                    index = index_of[ref]
-                    results[index] = _get(ref)
-                    done(finished := finished + len(parts[index]))
+            while sizes:
+                (ref,), _ = ray.wait(list(sizes), num_returns=1)
+                finished += sizes.pop(ref)
+                done(finished, _get(ref))
         finally:
-            for ref in waiting:
+            for ref in sizes:
                 ray.cancel(ref, force=False)
-        return [value for part in results for value in part]
 
 
 def _train_task(worker: TrainWorker, payload: Any, cpus: float) -> None:
@@ -109,14 +113,29 @@ def _train_task(worker: TrainWorker, payload: Any, cpus: float) -> None:
 
 
 def _train_loop(config: dict[str, Any]) -> None:
+    """One worker of Ray Train, which starts all again whatever one raises. So a raise is recorded and the worker ends
+    well: only the death of a process is worth another try. What an earlier try recorded is no longer true: the peers
+    of a process that died raise too."""
+    import torch.distributed as dist
+    from ray.train import get_context
+
+    rank = get_context().get_world_rank()
+    raise_file(config["raised"], rank).unlink(missing_ok=True)
     prepare_process(config["cpus"])
-    config["worker"](config["payload"], _device())
+    try:
+        config["worker"](config["payload"], _device())
+    except Exception as error:
+        record_raise(config["raised"], rank, error)
+        if dist.is_initialized():
+            if dist.get_backend() == "nccl" and dist.get_world_size() > 1:
+                raise  # nothing tells peers that wait on a GPU; Ray Train ends them
+            dist.destroy_process_group()  # peers that wait for this one raise at once
 
 
-def _map_task(common: tuple[MapFunction, Any], part: Sequence[Any]) -> list[Any]:
+def _map_task(common: tuple[MapFunction, Any], part: Sequence[Any]) -> Any:
     prepare_process(1)
     function, shared = common
-    return function(shared, part)
+    return function(shared, part, _device())
 
 
 def _device() -> Any:
@@ -143,26 +162,29 @@ def trial_resources(cfg: RuntimeConfig) -> dict[str, float]:
     return {name: amount for name, amount in resources.items() if amount > 0}
 
 
-def wait_for_resources(cfg: RuntimeConfig) -> None:
-    """Wait until the cluster has what the trial asks, in all and a worker on a node; ValueError if it never does."""
-    deadline = time.monotonic() + cfg.resource_wait_s
+def wait_for_resources(one: Mapping[str, float], number: int, wait_s: float) -> None:
+    """Wait until the cluster has room for `number` processes that take `one` each, whoever uses it now.
+
+    ValueError if it never has, in all or on a node.
+    """
+    deadline = time.monotonic() + wait_s
     poll_s = float(os.environ.get("PPC_RESOURCE_POLL_S", "1"))
-    while (lack := _lacking(cfg)) is not None:
+    asked = {name: amount for name, amount in one.items() if amount > 0}
+    while (lack := _lacking(asked, number)) is not None:
         if time.monotonic() >= deadline:
             raise ValueError(
-                f"the trial asks for {lack}, waited {cfg.resource_wait_s:g} s (runtime.resource_wait_s); "
+                f"the trial asks for {lack}, waited {wait_s:g} s (runtime.resource_wait_s); "
                 "lower runtime.workers, runtime.cpus_per_worker or runtime.gpus_per_worker, or add nodes"
             )
         time.sleep(poll_s)
 
 
-def _lacking(cfg: RuntimeConfig) -> str | None:
+def _lacking(one: Mapping[str, float], number: int) -> str | None:
     cluster = ray.cluster_resources()
-    for name, amount in trial_resources(cfg).items():
-        if cluster.get(name, 0) < amount:
-            return f"{amount:g} {name} in all but the cluster has {cluster.get(name, 0):g}"
-    one = {"CPU": cfg.cpus_per_worker, "GPU": cfg.gpus_per_worker}
+    for name, amount in one.items():
+        if cluster.get(name, 0) < amount * number:
+            return f"{amount * number:g} {name} in all but the cluster has {cluster.get(name, 0):g}"
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(node.get(name, 0) >= amount for name, amount in one.items()) for node in nodes):
-        return " and ".join(f"{a:g} {n}" for n, a in one.items() if a) + " a worker but no node has that"
+        return " and ".join(f"{amount:g} {name}" for name, amount in one.items()) + " a worker but no node has that"
     return None

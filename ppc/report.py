@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppc.artifacts import Storage, atomic_write, now_ms, write_json
-from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, RUNNING, TrialRow, counts, read_rows
+from ppc.ledger import FINISHED, RUNNING, TrialRow, counts, read_rows
 from ppc.study import Row, summarise
 
 NONE = "-"
@@ -48,6 +49,9 @@ class Line:
     baseline: bool
     best: bool
     reused: int  # trials that another study had finished
+    same_as: list[str]  # variants whose very trials these are: no evidence of their own
+    count: int | None  # images of the metric's split
+    protocol: str  # that chose the background score
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ class Report:
     study: str
     note: str
     metric: str
+    generated: bool  # the data, in part or whole
     header: list[tuple[str, str]]
     lines: list[Line]
     errors: list[tuple[str, str]]  # trial, its error
@@ -66,6 +71,17 @@ class Report:
 def is_iou(metric: str) -> bool:
     """Whether a metric is an IoU, hence printed in per cent."""
     return "iou" in metric.lower()
+
+
+def metric_split(metric: str) -> str | None:
+    """The split that a metric is measured on; None for a metric of none, such as bg_score."""
+    found = re.fullmatch(r"(?:seed|mask)_miou_(.+)", metric)
+    return found[1] if found else None
+
+
+def generated(study: dict[str, Any]) -> bool:
+    """Whether a study (its `study.json`) is, in part or whole, on generated data."""
+    return any(data.get("generated") for data in study["data"])
 
 
 def build_report(storage: Storage, study_name: str) -> Report:
@@ -89,9 +105,11 @@ def build_report(storage: Storage, study_name: str) -> Report:
     for index, row_statistics in enumerate(decides):
         mine = [row for row in rows if row.variant == row_statistics.variant]
         others = {name: (found[index].mean, found[index].std) for name, found in statistics.items()}
-        lines.append(_line(row_statistics, mine, values[row_statistics.variant], others, study["baseline"], best))
+        found_values = values[row_statistics.variant]
+        lines.append(_line(row_statistics, mine, found_values, others, study["baseline"], best, metric_split(metric)))
     errors = [(row.label, one_line(row.error)) for row in rows if row.error is not None]
-    return Report(study_name, study.get("note", ""), metric, _header(study, rows), lines, errors, now_ms())
+    header = _header(study, rows)
+    return Report(study_name, study.get("note", ""), metric, generated(study), header, lines, errors, now_ms())
 
 
 def _line(
@@ -101,7 +119,9 @@ def _line(
     others: dict[str, tuple[float | None, float | None]],
     baseline: str,
     best: float | None,
+    split: str | None,
 ) -> Line:
+    images = [row.result.get("counts", {}).get(split) for row in rows if row.result is not None]
     scores = list(values.get("bg_score", {}).values())
     times = [row.result["wall_s"] for row in rows if row.result is not None]
     return Line(
@@ -110,17 +130,21 @@ def _line(
         bg_score=fmean(scores) if scores else None, trial_s=fmean(times) if times else None, others=others,
         states=counts(list(rows)), baseline=s.variant == baseline, best=best is not None and s.mean == best,
         reused=sum(row.reused for row in rows),
+        same_as=list(dict.fromkeys(row.same_as for row in rows if row.same_as is not None)),
+        count=next((n for n in images if n is not None), None),
+        protocol=_distinct(row.config.get("seeds", {}).get("protocol", "?") for row in rows),
     )  # fmt: skip
 
 
 def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     results = [row.result for row in rows if row.result is not None]
-    metric = study["metric"]
-    split = metric.rpartition("_")[2]
+    metric, split = study["metric"], metric_split(study["metric"])
     unit = "in per cent, " if is_iou(metric) else ""
     header = [("metric", f"{metric}, {unit}mean ± sample deviation over seeds")]
-    splits = _distinct(f"{name}: {n} images" for result in results for name, n in result.get("counts", {}).items())
-    header.append(("split", splits or f"{split}: no trial has counted its images yet"))
+    if split is not None:
+        counted = [result["counts"][split] for result in results if split in result.get("counts", {})]
+        images = _distinct(f"{n} images" for n in counted)
+        header.append(("split", f"{split}: {images or 'no trial has counted its images yet'}"))
     header.append(("background score", _distinct(_protocol(row, split) for row in rows)))
     rules = _distinct(result["absent_classes"] for result in results if "absent_classes" in result)
     header.append(
@@ -142,16 +166,16 @@ def _distinct(texts: Any) -> str:
     return "; ".join(dict.fromkeys(texts))
 
 
-def _protocol(row: TrialRow, split: str) -> str:
+def _protocol(row: TrialRow, split: str | None) -> str:
     """How the background score of a trial was chosen, in words that cannot be taken for a fair choice if it is none."""
     seeds = row.config.get("seeds", {})
     protocol = (row.result or seeds).get("protocol", "?")
-    splits = seeds.get("splits") or ["train"]
     if protocol == "fixed":
         return f"fixed at {seeds.get('bg_score')}"
     if protocol == "best_on_train":
-        same = ", the very masks that the metric is measured on" if splits[0] == split else ""
-        return f"best_on_train: the best one for the masks of {splits[0]}{same}"
+        judge = row.config.get("data", {}).get("train_split", "train")
+        same = ", the very masks that the metric is measured on" if judge == split else ""
+        return f"best_on_train: the best one for the masks of {judge}{same}"
     if protocol == "val_subset":
         images, drawn = seeds.get("val_subset_images"), seeds.get("val_subset_split")
         return f"val_subset: the best one for the masks of {images} images drawn from {drawn}"
@@ -172,7 +196,8 @@ def one_line(error: dict[str, Any]) -> str:
 # -- in words
 
 
-def _number(value: float | None, metric: str, *, sign: bool = False) -> str:
+def number(value: float | None, metric: str, *, sign: bool = False) -> str:
+    """A metric's value to read: IoU in per cent."""
     if value is None:
         return NONE
     scaled, digits = (value * 100, 2) if is_iou(metric) else (value, 4)
@@ -182,8 +207,8 @@ def _number(value: float | None, metric: str, *, sign: bool = False) -> str:
 def _spread(mean: float | None, std: float | None, metric: str, *, sign: bool = False) -> str:
     if mean is None:
         return NONE
-    text = _number(mean, metric, sign=sign)
-    return text if std is None else f"{text} ± {_number(std, metric)}"
+    text = number(mean, metric, sign=sign)
+    return text if std is None else f"{text} ± {number(std, metric)}"
 
 
 def duration(seconds: float | None) -> str:
@@ -210,6 +235,7 @@ def cells(line: Line, metric: str) -> list[str]:
     else:
         difference = f"{_spread(line.diff_mean, line.diff_std, metric, sign=True)} ({line.pairs} paired)"
     trials = _states(line.states) + (f"; {line.reused} reused" if line.reused else "")
+    trials += f"; same trial as {', '.join(line.same_as)}" if line.same_as else ""
     score = NONE if line.bg_score is None else f"{line.bg_score:.2f}"
     others = [_spread(mean, std, name) for name, (mean, std) in line.others.items()]
     figures = [_spread(line.mean, line.std, metric), str(line.n), difference, *others, score]
@@ -255,12 +281,15 @@ def as_csv(report: Report) -> str:
     factors = list(dict.fromkeys(name for line in report.lines for name in line.factors))
     states = list(dict.fromkeys(state for line in report.lines for state in line.states))
     names = ("mean", "std", "n", "diff_mean", "diff_std", "pairs", "bg_score", "trial_s", "baseline", "best")
-    writer.writerow(["variant", *factors, "metric", *names, *(state.lower() for state in states)])
+    data = ("split", "count", "protocol", "generated", "same_as")
+    writer.writerow(["variant", *factors, "metric", *data, *names, *(state.lower() for state in states)])
     for line in report.lines:
         known = [line.factors.get(name) for name in factors]
         numbers = [getattr(line, name) for name in names]
         trials = [line.states.get(state, 0) for state in states]
-        writer.writerow([line.variant, *known, report.metric, *numbers, *trials])
+        split, same = metric_split(report.metric), "; ".join(line.same_as)
+        told = [split, line.count, line.protocol, report.generated, same]
+        writer.writerow([line.variant, *known, report.metric, *told, *numbers, *trials])
     return text.getvalue()
 
 
@@ -280,9 +309,11 @@ def print_report(report: Report, console: Console) -> None:
         console.print(f"{name}: {text}", highlight=False, markup=False, soft_wrap=True)
     table_cells = [cells(line, report.metric) for line in report.lines]
     if console.is_terminal:
-        table = Table(title=f"study {report.study}", title_justify="left")
+        table = Table(title=Text(f"study {report.study}"), title_justify="left")
         for column in columns(report):
-            table.add_column(column, justify="left" if column in ("variant", "trials") else "right", overflow="fold")
+            table.add_column(
+                Text(column), justify="left" if column in ("variant", "trials") else "right", overflow="fold"
+            )
         for line, row in zip(report.lines, table_cells, strict=True):
             table.add_row(*map(Text, row), style="bold" if line.best else None)
         console.print(table)
@@ -291,7 +322,7 @@ def print_report(report: Report, console: Console) -> None:
             row[1] += " *" if line.best else ""
         for text in align([columns(report), *table_cells]):
             console.print(text, highlight=False, markup=False, soft_wrap=True)
-        console.print("* the best mean", highlight=False)
+        console.print("* the best mean", highlight=False, markup=False)
     for remark in filter(None, _remarks(report)):
         console.print(remark, highlight=False, markup=False, soft_wrap=True)
     for label, text in report.errors:
@@ -302,49 +333,3 @@ def align(rows: Sequence[Sequence[str]]) -> list[str]:
     """Rows of text as lines with straight columns."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-# -- the state of each trial
-
-STATUS_COLUMNS = ("trial", "state", "try", "stage", "progress", "left", "result", "error")
-STYLES = {FINISHED: "green", FAILED: "red", KILLED: "red", INTERRUPTED: "yellow"}
-
-
-def _status_cells(row: TrialRow) -> list[str]:
-    progress, left = "", ""
-    if row.progress:
-        done, total = row.progress.get("done", 0), row.progress.get("total", 0)
-        progress = f"{done}/{total} {row.progress.get('unit', '')}".rstrip()
-        if row.progress.get("epochs"):
-            progress += f", epoch {row.progress.get('epoch', 0)}/{row.progress['epochs']}"
-        left = "" if row.progress.get("left_s") is None else duration(row.progress["left_s"])
-    metrics = (row.result or {"metrics": {}})["metrics"]
-    result = ", ".join(f"{name} {_number(value, name)}" for name, value in metrics.items() if is_iou(name))
-    state = f"{row.state.lower()} (reused)" if row.reused else row.state.lower()
-    stage = "" if row.state == FINISHED else row.stage or ""
-    error = one_line(row.error) if row.error else ""
-    return [row.label, state, str(row.attempt or ""), stage, progress, left, result, error]
-
-
-def _used(rows: Sequence[TrialRow]) -> tuple[list[str], list[list[str]]]:
-    """Columns in which some trial has something to say."""
-    lines = [_status_cells(row) for row in rows]
-    keep = [i for i in range(len(STATUS_COLUMNS)) if i < 2 or any(line[i] for line in lines)]
-    return [STATUS_COLUMNS[i] for i in keep], [[line[i] for i in keep] for line in lines]
-
-
-def status_table(rows: Sequence[TrialRow], title: str = "") -> Table:
-    """Trials x what they do now, for a terminal."""
-    heads, lines = _used(rows)
-    table = Table(title=title or None, title_justify="left")
-    for head in heads:
-        table.add_column(head, overflow="fold")
-    for row, line in zip(rows, lines, strict=True):
-        table.add_row(*map(Text, line), style=STYLES.get(row.state))  # Text: brackets in an error are no markup
-    return table
-
-
-def status_lines(rows: Sequence[TrialRow]) -> list[str]:
-    """The same as plain lines for a log, headings first."""
-    heads, lines = _used(rows)
-    return align([heads, *lines])

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from statistics import fmean
@@ -22,6 +22,7 @@ COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3db8", "#8c6d31", "#c1121f", "#4d4d4d",
     "#2a9d8f", "#b5179e",
 )  # fmt: skip
+DIGEST = 36  # characters of a dataset's digest: MLflow's own limit
 
 
 class Point(NamedTuple):
@@ -65,6 +66,18 @@ def data_of(row: TrialRow, study: dict[str, Any]) -> list[dict[str, Any]]:
     """The datasets of the study that a trial uses."""
     root = row.config.get("data", {}).get("root")
     return [data for data in study["data"] if len(study["data"]) == 1 or data["root"] == root]
+
+
+def datasets(row: TrialRow, study: dict[str, Any]) -> list[tuple[str, str, str]]:
+    """(name, digest, source) of the datasets of a trial, as MLflow takes them."""
+    return [
+        (
+            f"{data['name']} (generated)" if data.get("generated") else data["name"],
+            data["fingerprint"][:DIGEST],
+            json.dumps({"uri": data["root"]}),
+        )
+        for data in data_of(row, study)
+    ]
 
 
 def trial_tags(row: TrialRow, study: dict[str, Any], host: str | None) -> dict[str, str]:
@@ -128,21 +141,36 @@ def new_points(path: Path, mark: Sequence[int]) -> tuple[list[Point], list[int]]
     return found, [end, max([last_step, *(point["step"] for point in points)])]
 
 
-def result_points(result: dict[str, Any], metric: str) -> list[Point]:
-    """Points of a trial's result; its time is that of the result, so sending it twice changes nothing."""
-    t = int(result["finished_ms"])
-    points = [Point(f"final/{name}", value, t, 0) for name, value in result["metrics"].items()]
-    points.append(Point("cost/wall_s", result["wall_s"], t, 0))
-    points += [Point(f"cost/{stage['name']}_s", stage["wall_s"], t, 0) for stage in result.get("stages", [])]
+def _score_points(result: dict[str, Any], t: int) -> list[Point]:
+    points = [Point(f"final/{name}", value, t, 0) for name, value in result.get("metrics", {}).items()]
     for split, curve in result.get("curves", {}).items():
         pairs = zip(curve["thresholds"], curve["miou"], strict=True)
         points += [Point(f"curve/miou_{split}", miou, t, round(threshold * 100)) for threshold, miou in pairs]
+    return points
+
+
+def stage_points(manifest: dict[str, Any]) -> list[Point]:
+    """Points of a finished stage, under the names that they have in a trial's result."""
+    t = int(manifest["finished_ms"])
+    points = [*_score_points(manifest["result"], t), Point(f"cost/{manifest['stage']}_s", manifest["wall_s"], t, 0)]
+    return [point for point in points if is_number(point.value)]
+
+
+def result_points(result: dict[str, Any], metric: str, marks: Mapping[str, Any]) -> list[Point]:
+    """Points of a trial's result but for those of its stages that were sent: a mark `metrics/...` has their names.
+
+    Their time is that of the result, so sending them twice changes nothing.
+    """
+    t = int(result["finished_ms"])
+    sent = {name for what, names in marks.items() if what.startswith("metrics/") for name in names}
+    points = [*_score_points(result, t), Point("cost/wall_s", result["wall_s"], t, 0)]
+    points += [Point(f"cost/{stage['name']}_s", stage["wall_s"], t, 0) for stage in result.get("stages", [])]
     by_class = result.get("per_class_iou", {})
     if by_class:  # of the label map that decides, else of the last one
         name = metric.replace("_miou_", "_")
         chosen = by_class.get(name, list(by_class.values())[-1])
         points += [Point("profile/class_iou_by_id", iou, t, number) for number, iou in enumerate(chosen)]
-    return [point for point in points if is_number(point.value)]
+    return [point for point in points if is_number(point.value) and point.name not in sent]
 
 
 def class_table(result: dict[str, Any]) -> dict[str, Any] | None:

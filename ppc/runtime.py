@@ -1,7 +1,8 @@
 """Where work runs, behind two verbs: `train` a function on every worker, `map` a function over items.
 
 Stages know this protocol alone. `LocalRuntime` needs no cluster; the Ray one is in `ray_runtime.py`. A training
-function is called as `worker(payload, device)` with torch.distributed set up when there are several workers.
+function is called as `worker(payload, device)` with torch.distributed set up when there are several workers, a map
+function as `function(shared, chunk, device)`: the runtime alone knows which device is whose.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import ctypes
 import pickle
 import tempfile
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import suppress
@@ -21,10 +23,11 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
+from ppc.artifacts import atomic_write
 from ppc.config import RuntimeConfig
 
 TrainWorker = Callable[[Any, torch.device], None]
-MapFunction = Callable[[Any, Sequence[Any]], list[Any]]
+MapFunction = Callable[[Any, Sequence[Any], torch.device], Any]
 
 
 class Runtime(Protocol):
@@ -40,13 +43,15 @@ class Runtime(Protocol):
         shared: Any,
         items: Sequence[Any],
         cfg: RuntimeConfig,
-        done: Callable[[int], None],
+        done: Callable[[int, Any], None],
         *,
         use_gpu: bool = False,
-    ) -> list[Any]:
-        """`function(shared, chunk)` over chunks of the items; results in the order of the items.
+    ) -> None:
+        """`function(shared, chunk, device)` over chunks of the items, in any order.
 
-        `done(n)` is called in the caller's process as items finish. `use_gpu` says that the function can use one.
+        `done(n, result)` is called in the caller's process as chunks finish: `n` items are ready by now, and `result`
+        is what the function returned for that chunk. Nothing is kept here, so the caller decides what a large dataset
+        takes in memory. `use_gpu` says that the function can use one; without it the device is the CPU.
         """
 
 
@@ -89,8 +94,10 @@ class LocalRuntime:
             try:
                 while not context.join():
                     pass
-            except ProcessRaisedException as error:
-                raise _first_raise(Path(folder)) or error from error
+            except ProcessRaisedException:
+                if (first := first_raise(Path(folder))) is not None:
+                    raise first  # noqa: B904 - its cause is the worker's traceback
+                raise
             finally:  # an interrupt must not leave workers that train on
                 for process in context.processes:
                     process.kill()
@@ -102,33 +109,31 @@ class LocalRuntime:
         shared: Any,
         items: Sequence[Any],
         cfg: RuntimeConfig,
-        done: Callable[[int], None],
+        done: Callable[[int, Any], None],
         *,
         use_gpu: bool = False,
-    ) -> list[Any]:
-        """See `Runtime.map`."""
+    ) -> None:
+        """See `Runtime.map`. With a GPU all is done here: one process fills it."""
         parts = chunks(items, cfg.images_per_task)
-        results: list[list[Any]] = [[] for _ in parts]
         finished = 0
         processes = min(self.map_processes, len(parts))
-        if processes <= 1 or (use_gpu and torch.cuda.is_available()):
+        device = _device(0) if use_gpu else torch.device("cpu")
+        if processes <= 1 or device.type != "cpu":
             prepare_process(1)
-            for index, part in enumerate(parts):
-                results[index] = function(shared, part)
-                done(finished := finished + len(part))
+            for part in parts:
+                result = function(shared, part, device)
+                done(finished := finished + len(part), result)
         else:
             context = get_context("spawn")
             with ProcessPoolExecutor(processes, context, prepare_process, (1,)) as pool:
-                futures = {pool.submit(function, shared, part): i for i, part in enumerate(parts)}
+                sizes = {pool.submit(function, shared, part, device): len(part) for part in parts}
                 try:
-                    for future in as_completed(futures):
-                        index = futures[future]
-                        results[index] = future.result()
-                        done(finished := finished + len(parts[index]))
+                    for future in as_completed(list(sizes)):
+                        finished += sizes.pop(future)
+                        done(finished, future.result())
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
-        return [value for part in results for value in part]
 
 
 def _device(index: int) -> torch.device:
@@ -144,18 +149,41 @@ def _spawned(rank: int, worker: TrainWorker, payload: Any, world_size: int, cpus
     try:
         worker(payload, _device(rank) if backend == "nccl" else torch.device("cpu"))
     except Exception as error:
-        with suppress(Exception):  # what cannot be pickled is raised in the parent as torch's wrapper with its text
-            blob = pickle.dumps(error)
-            (Path(folder) / f"raised-{time.time_ns():020d}-{rank}").write_bytes(blob)
+        record_raise(Path(folder), rank, error)
         raise
     finally:
         dist.destroy_process_group()
 
 
-def _first_raise(folder: Path) -> Exception | None:
-    """What was raised first: the workers that waited for that one raise too, and say nothing of the cause."""
-    for path in sorted(folder.glob("raised-*")):
+def raise_file(folder: Path, rank: int) -> Path:
+    """Where a worker records what it raised."""
+    return folder / f"raised-{rank}"
+
+
+def record_raise(folder: Path, rank: int, error: Exception) -> None:
+    """Record what a worker raised, for `first_raise`; before its peers can notice that it is gone."""
+    trace = "".join(traceback.format_exception(error))
+    now = time.time_ns()
+    try:
+        blob = pickle.dumps((now, error, trace))
+        pickle.loads(blob)
+    except Exception:  # an error that does not come back as it was: its words do
+        blob = pickle.dumps((now, RuntimeError(f"{type(error).__name__}: {error}"), trace))
+    with suppress(OSError), atomic_write(raise_file(folder, rank)) as handle:  # a full disk must not hide the error
+        handle.write(blob)
+
+
+def first_raise(folder: Path) -> Exception | None:
+    """What was raised first, with the worker's traceback as its cause; None when nothing was recorded.
+
+    The workers that waited for that one raise too, and say nothing of the cause.
+    """
+    found: list[tuple[int, Exception, str]] = []
+    for path in folder.glob("raised-*"):
         with suppress(Exception):
-            error: Exception = pickle.loads(path.read_bytes())
-            return error
-    return None
+            found.append(pickle.loads(path.read_bytes()))
+    if not found:
+        return None
+    _, error, trace = min(found, key=lambda item: item[0])
+    error.__cause__ = RuntimeError(f"in a worker:\n{trace}")
+    return error

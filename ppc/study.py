@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ppc.config import DesignConfig, StudyConfig, TrialConfig, Variant
-from ppc.loading import Override, override_all, place
+from ppc.loading import Override, get, override_all, place
 from ppc.loading import tiny as shrink
 from ppc.schema import ConfigError, Problem, Raw, check_path, fields, origin_of, problems_of, show
 
@@ -234,6 +234,18 @@ def _finish(drafts: list[_Draft], study: StudyConfig) -> list[TrialSpec]:
     return specs
 
 
+def _varied(design: DesignConfig, base: Raw) -> dict[str, list[Any]]:
+    """The fields that a design varies, each with all values that it takes: the base's too, but in a grid."""
+    varied: dict[str, list[Any]] = {path: list(values) for path, values in design.axes.items()}
+    for variant in design.variants:
+        for path, value in variant.set.items():
+            varied.setdefault(path, []).append(value)
+    for path, values in varied.items():
+        if design.kind != "grid" and path in fields():
+            values.append(get(base, path, fields()[path].default))
+    return varied
+
+
 def expand(
     study: StudyConfig, *, overrides: Sequence[Override] = (), tiny: bool = False, check: Check | None = None
 ) -> list[TrialSpec]:
@@ -247,7 +259,7 @@ def expand(
     overridden = [item.partition("=")[0].strip() if isinstance(item, str) else item[0] for item in overrides]
     problems = [*_seed_problems(study), *_check_design(design, overridden)]
     try:
-        varied = {*design.axes, *(path for variant in design.variants for path in variant.set)}
+        varied = _varied(design, base)
         base = override_all(shrink(base, study.tiny, keep=varied) if tiny else base, overrides)
     except ConfigError as error:
         problems += error.problems

@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from ppc import run_record as record
-from ppc.artifacts import Storage, now_ms, read_json, write_json
+from ppc.artifacts import StageDir, Storage, now_ms, read_json, write_json
 from ppc.figures import square
 from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, PENDING, RUNNING, STALE_S, TrialRow, counts, stage_dirs
 from ppc.mlflow_server import QUIET, TrackingError, check_uri, is_server, probe, safe_uri, tracking_uri, words_of
@@ -33,7 +33,6 @@ from ppc.sync_loop import NoTracker, SyncLoop, Tracker
 __all__ = ["MlflowTracker", "NoTracker", "SyncLoop", "Tracker", "make_tracker"]
 
 BATCH = 1000  # metrics of one request: MLflow's own limit
-DIGEST = 36  # characters of a dataset's digest: MLflow's own limit
 RUN_STATUS = {RUNNING: RUNNING, FINISHED: FINISHED, FAILED: FAILED, KILLED: KILLED, INTERRUPTED: KILLED}
 EMPTY: dict[str, Any] = {"experiment": None, "note": None, "runs": {}, "launches": {}}
 
@@ -266,12 +265,12 @@ class MlflowTracker:
         )
         self._once(entry, "data", 1, lambda: self._log_data(run, row))
         for folder in stage_dirs(self.storage, row):
-            self._sync_stage(entry, folder.path, f"{folder.stage}/{folder.key}", done=folder.manifest() is not None)
+            self._sync_stage(entry, folder)
         if (error := row.error) is not None:
             text, name = str(error.get("traceback")), f"error/attempt-{error.get('attempt', row.attempt)}.txt"
             self._once(entry, "error", [name, error.get("time_ms")], lambda: self._mlflow.log_text(run, text, name))
         if (result := row.result) is not None:
-            self._once(entry, "result", result["finished_ms"], lambda: self._log_result(run, result))
+            self._once(entry, "result", result["finished_ms"], lambda: self._log_result(entry, result))
         ended_ms = None if row.state == RUNNING else row.ended_ms or state.get("heartbeat_ms")
         status = RUN_STATUS[row.state]
         self._once(entry, "status", [status, ended_ms], lambda: self._set_status(run, status, ended_ms))
@@ -279,12 +278,18 @@ class MlflowTracker:
             entry["sent"]["whole"] = whole
             self._save()
 
-    def _sync_stage(self, entry: dict[str, Any], folder: Path, name: str, *, done: bool) -> None:
+    def _sync_stage(self, entry: dict[str, Any], folder: StageDir) -> None:
+        name, manifest = f"{folder.stage}/{folder.key}", folder.manifest()
         mark = entry["sent"].get(f"journal/{name}", [0, -1])
         points, end = record.new_points(folder / "journal.jsonl", mark)
         if end != mark:
             self._once(entry, f"journal/{name}", end, lambda: self._log(entry["id"], points))
-        pictures = sorted((folder / "overlays").glob("*.png")) if done else []
+        if manifest is None:
+            return
+        scores = record.stage_points(manifest)
+        names = sorted({point.name for point in scores})  # a result is not to send them again
+        self._once(entry, f"metrics/{name}", names, partial(self._log, entry["id"], scores))
+        pictures = sorted((folder / "overlays").glob("*.png"))
         fresh = [path for path in pictures if f"overlay/{path.stem}" not in entry["sent"]]
         if not fresh:
             return
@@ -329,16 +334,11 @@ class MlflowTracker:
     def _log_data(self, run: str, row: TrialRow) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
-        inputs = []
-        for data in record.data_of(row, self.study):
-            name = f"{data['name']} (generated)" if data.get("generated") else data["name"]
-            source = json.dumps({"uri": data["root"]})
-            dataset = Dataset(name, data["fingerprint"][:DIGEST], "local", source)
-            inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", "train")]))
-        self._mlflow.log_inputs(run, inputs)
+        datasets = [Dataset(name, digest, "local", uri) for name, digest, uri in record.datasets(row, self.study)]
+        self._mlflow.log_inputs(run, [DatasetInput(d, [InputTag("mlflow.data.context", "train")]) for d in datasets])
 
-    def _log_result(self, run: str, result: dict[str, Any]) -> None:
-        self._log(run, record.result_points(result, self.study["metric"]))
+    def _log_result(self, entry: dict[str, Any], result: dict[str, Any]) -> None:
+        self._log(run := entry["id"], record.result_points(result, self.study["metric"], entry["sent"]))
         if (table := record.class_table(result)) is not None:
             self._mlflow.log_text(run, json.dumps(table), "per_class_iou.json")
             self._log(run, tags={"mlflow.loggedArtifacts": '[{"path": "per_class_iou.json", "type": "table"}]'})

@@ -86,6 +86,8 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
     wait_for_workers()  # the first may have waited for another process of this stage: look at checkpoints after that
     start = _load_newest(job, stage, device)
     journal = Journal(stage / "journal.jsonl") if rank() == 0 else None
+    if journal and journal.damaged:
+        print(f"{journal.path}: {journal.damaged} damaged lines are passed over", flush=True)
     progress = Progress(stage / "progress.json", total=job.epochs * job.steps_per_epoch, unit="step")
     try:
         for epoch in range(start, job.epochs):

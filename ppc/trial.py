@@ -7,14 +7,15 @@ import socket
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from ppc.artifacts import Storage, TrialDir, content_key, file_sha256, now_ms, write_json
-from ppc.backbones import BACKBONES
+from ppc.backbones import BACKBONES, backbone_problem, build_backbone
 from ppc.config import DataConfig, TrialConfig
 from ppc.crf import PRESETS
 from ppc.data import VocLayout, open_dataset
@@ -33,6 +34,7 @@ class TrialPlan:
     variant_key: str
     stages: list[tuple[str, str]]
     fingerprint: str  # of the data
+    metrics: list[str]  # that its result will have
 
 
 def data_splits(cfg: TrialConfig) -> list[str]:
@@ -62,22 +64,29 @@ class Planner:
         self.storage = storage
         self._data: dict[str, tuple[DataConfig, VocLayout]] = {}
         self._prints: dict[Any, str] = {}
+        self._misfits: dict[tuple[str, int, Path], list[str]] = {}
 
     def plan(self, cfg: TrialConfig) -> TrialPlan:
         """Resolve paths, read contents, give keys. ValueError names the field that is wrong."""
-        if problems := [f"{path}: {text}" for path, text in check_trial(cfg)]:
-            raise ValueError("\n".join(problems))
+        problems = [f"{path}: {text}" for path, text in check_trial(cfg)]
+        if problems and (cfg.data.name == "scenes" or cfg.data.root is None):
+            raise ValueError("\n".join(problems))  # nothing is generated for a trial that is wrong
         data_key = cfg.data.model_dump_json()
-        if data_key not in self._data:
-            self._data[data_key] = prepare_data(cfg.data, self.storage)
-        data, dataset = self._data[data_key]
+        try:
+            if data_key not in self._data:
+                self._data[data_key] = prepare_data(cfg.data, self.storage)
+            data, dataset = self._data[data_key]
+            problems += [f"{path}: {text}" for path, text in check_data(cfg, dataset)]
+        except ValueError as error:
+            problems.append(str(error))
+        problems += self._weights_problems(cfg)
+        if problems:
+            raise ValueError("\n".join(problems))
         splits = {split: self._split_print(dataset, data_key, split) for split in data_splits(cfg)}
         prints = dict(splits)
         backbone = cfg.backbone
         if backbone.weights is not None:
             path = Path(backbone.weights).expanduser().resolve()
-            if not path.is_file():
-                raise ValueError(f"backbone.weights: no file {path}")
             if path not in self._prints:
                 self._prints[path] = file_sha256(path)
             prints[WEIGHTS] = self._prints[path]
@@ -86,8 +95,30 @@ class Planner:
         stages = plan_stages(cfg, prints)
         unseeded = plan_stages(cfg.model_copy(update={"seed": 0}), prints)
         return TrialPlan(
-            cfg, content_key(["trial", stages]), content_key(["variant", unseeded]), stages, content_key(splits)
-        )
+            cfg, content_key(["trial", stages]), content_key(["variant", unseeded]), stages, content_key(splits),
+            metrics_of(cfg, dataset),
+        )  # fmt: skip
+
+    def _weights_problems(self, cfg: TrialConfig) -> list[str]:
+        """What keeps the weight file from being loaded into the backbone; a file is tried once a backbone."""
+        backbone = cfg.backbone
+        if backbone.weights is None:
+            return []
+        path = Path(backbone.weights).expanduser().resolve()
+        if not path.is_file():
+            return [f"backbone.weights: no file {path}"]
+        if backbone_problem(backbone.name, backbone.output_stride) is not None:
+            return []  # check_trial has told it
+        tried = (backbone.name, backbone.output_stride, path)
+        if tried not in self._misfits:
+            try:
+                build_backbone(
+                    backbone.name, output_stride=backbone.output_stride, weights=path, normalisation="auto", seed=0
+                )
+                self._misfits[tried] = []
+            except (ValueError, OSError) as error:
+                self._misfits[tried] = [f"backbone.weights: for backbone.name {backbone.name}: {error}"]
+        return self._misfits[tried]
 
     def _split_print(self, dataset: VocLayout, data_key: str, split: str) -> str:
         if (data_key, split) not in self._prints:
@@ -101,6 +132,9 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
     name = cfg.backbone.name
     if name not in BACKBONES and not name.startswith("timm:"):
         yield "backbone.name", f"no backbone {name!r}; there are {', '.join(BACKBONES)} and timm:MODEL"
+    elif problem := backbone_problem(name, cfg.backbone.output_stride):
+        path, _, text = problem.partition(": ")  # it begins with the field
+        yield path, text
     if cfg.crf.preset not in PRESETS:
         yield "crf.preset", f"no preset {cfg.crf.preset!r}; there are {', '.join(PRESETS)}"
     if cfg.train.batch_size % cfg.runtime.workers:
@@ -109,12 +143,56 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
         yield "views.target_px", f"{cfg.views.target_px} is larger than train.crop_px {cfg.train.crop_px}"
     if cfg.contrast.negatives == "ranks" and cfg.contrast.negative_rank_from >= cfg.contrast.negative_rank_to:
         yield "contrast.negative_rank_from", "must be smaller than contrast.negative_rank_to"
+    if "make_seeds" in cfg.stages and cfg.seeds.protocol == "best_on_train":
+        if cfg.data.train_split not in cfg.seeds.splits:
+            listed = ", ".join(cfg.seeds.splits)
+            yield (
+                "seeds.protocol",
+                f"best_on_train takes the score from the masks of data.train_split {cfg.data.train_split}, which is "
+                f"not among seeds.splits [{listed}]: add it there, or take protocol fixed or val_subset",
+            )
     if cfg.data.name != "scenes" and cfg.data.root is None:
         yield "data.root", "name the folder of the dataset, for instance --set data.root=VOC2012"
     try:
         plan_stages(cfg, {})
     except ValueError as error:
         yield "stages", str(error)
+
+
+def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]]:
+    """What a config asks of its dataset and does not get, as (dotted field, problem): splits, sizes, masks."""
+    seeds, there = cfg.seeds, dataset.splits()
+    needed = {"data.train_split": [cfg.data.train_split], "seeds.splits": list(seeds.splits)}
+    if seeds.protocol == "val_subset":
+        needed["seeds.val_subset_split"] = [seeds.val_subset_split]
+    absent = [(field, split) for field, splits in needed.items() for split in splits if split not in there]
+    for field, split in absent:
+        yield field, f"no split {split!r} in {dataset.root}{nearest(split, there)}"
+    if absent:
+        return
+    images = len(dataset.ids(cfg.data.train_split))
+    if "train_cam" in cfg.stages and cfg.train.batch_size > images:
+        yield "train.batch_size", f"{cfg.train.batch_size} is more than the {images} images of {cfg.data.train_split}"
+    judge = {"best_on_train": cfg.data.train_split, "val_subset": seeds.val_subset_split}.get(seeds.protocol)
+    if "make_seeds" in cfg.stages and judge is not None and not dataset.has_masks(judge):
+        yield "seeds.protocol", f"{seeds.protocol} needs masks of split {judge}; use seeds.protocol fixed"
+
+
+def metrics_of(cfg: TrialConfig, dataset: VocLayout) -> list[str]:
+    """The metrics that a trial's stages and splits give, the one that says most last."""
+    found = ["bg_score"] if "make_seeds" in cfg.stages else []
+    if "evaluate" not in cfg.stages:
+        return found
+    scored = [split for split in cfg.seeds.splits if dataset.has_masks(split)]
+    before = cfg.stages[: cfg.stages.index("evaluate")]
+    products = ["seed", "mask"] if "refine_crf" in before else ["seed"]
+    return found + [f"{product}_miou_{split}" for product in products for split in reversed(scored)]
+
+
+def nearest(name: str, names: Sequence[str]) -> str:
+    """What could have been meant, to end a message with."""
+    close = get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names) or 'none'}"
 
 
 class _State:

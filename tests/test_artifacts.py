@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -170,6 +172,49 @@ def test_a_value_that_is_not_finite_is_refused_with_its_step(tmp_path: Path, val
     assert read_journal(journal.path) == ([], 0)
 
 
+class NearlyFull:
+    """A file on a disk that takes a part of what is written, then nothing."""
+
+    def __init__(self, handle: Any, takes: list[int]) -> None:
+        self.handle, self.takes = handle, takes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.handle, name)
+
+    def write(self, data: bytes) -> int:
+        if not (left := self.takes.pop(0)):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return int(self.handle.write(data[:left]))
+
+
+def test_a_point_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    journal = Journal(path)
+    journal.write(1, {"a": 1.0})
+    whole = path.read_bytes()
+    journal._handle = NearlyFull(journal._handle, [7, 0, 1000])
+    for _ in range(2):
+        with pytest.raises(OSError, match="not written.*journal.jsonl"):
+            journal.write(2, {"a": 2.0})
+        assert path.read_bytes() == whole and journal.last_step == 1
+    journal.write(2, {"a": 2.0})
+    journal.close()
+    assert [p["step"] for p in read_journal(path)[0]] == [1, 2]
+
+
+def test_a_line_that_is_no_point_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    good = [b'{"t":1,"step":%d,"m":{"a":1.0}}' % step for step in (1, 2, 3)]
+    path.write_bytes(b"\n".join([good[0], good[1][:9] + good[1], b"\0\0\xff", b"[1]", b'{"step":9}', good[2], b""]))
+    points, end = read_journal(path)
+    assert [p["step"] for p in points] == [1, 3] and end == path.stat().st_size
+    journal = Journal(path)
+    assert (journal.last_step, journal.damaged) == (3, 4)
+    journal.close()
+    with pytest.raises(ValueError, match="byte 5 is in the middle of a line"):
+        read_journal(path, 5)
+
+
 # -- progress
 
 
@@ -194,6 +239,23 @@ def test_time_left_is_that_of_the_speed_so_far(tmp_path: Path) -> None:
     assert 0.4 < read_json(progress.path)["left_s"] < 6, "30 done in 0.6 s or a little more, 30 to go"
 
 
+def test_progress_on_a_full_disk_ends_nothing_and_asks_for_no_sync(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        write_json(tmp_path / "state.json", {})
+    Progress(tmp_path / "progress.json", total=2, unit="step").update(2)
+    assert read_json(tmp_path / "progress.json")["done"] == 2
+    monkeypatch.setattr(os, "replace", full)
+    Progress(tmp_path / "progress.json", total=3, unit="step").update(3)
+    assert read_json(tmp_path / "progress.json")["done"] == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["progress.json"]
+
+
 # -- stages
 
 
@@ -209,6 +271,27 @@ def test_only_a_whole_manifest_of_this_key_makes_a_stage_done(tmp_path: Path) ->
     for wrong in (text[: len(text) // 2], "", "[]", "null", json.dumps({**made, "key": "other"}), '{"key": "abc"}'):
         (stage / "manifest.json").write_text(wrong)
         assert stage.manifest() is None, wrong
+
+
+def test_the_time_of_a_stage_is_that_of_its_work_in_all_attempts(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "s", "train_cam", "abc")
+    for done in (1, 2):
+        progress = Progress(stage / "progress.json", total=2, unit="step")
+        time.sleep(0.2)
+        progress.update(done)
+        time.sleep(0.3)  # whatever comes after it, such as waiting for the next attempt
+    assert 0.4 <= stage.finish({}, wall_s=99.0)["wall_s"] < 0.69
+
+
+def test_checkpoints_outlive_a_manifest_that_could_not_be_written(tmp_path: Path) -> None:
+    stage = StageDir(tmp_path / "s", "train_cam", "abc")
+    (stage / "checkpoints").mkdir(parents=True)
+    (stage / "checkpoints" / "epoch-00001.pt").touch()
+    with pytest.raises(ValueError):
+        stage.finish({"x": float("nan")}, wall_s=1.0)
+    assert (stage / "checkpoints" / "epoch-00001.pt").exists()
+    stage.finish({}, wall_s=1.0)
+    assert not (stage / "checkpoints").exists()
 
 
 HOLD = """

@@ -173,7 +173,7 @@ def test_timm_unknown_model_names_the_nearest() -> None:
 
 def test_timm_missing_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(ValueError, match=r"pip install 'ppc\[timm\]'"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[timm\]'"):
         build("timm:resnet50")
 
 

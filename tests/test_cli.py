@@ -74,7 +74,7 @@ def test_every_study_runs_tiny_with_all_its_stages(path: Path, tmp_path: Path, p
     code, out, _ = ppc("report", name, "--storage", tmp_path)
     assert code == 0 and all(row.variant in out for row in rows)
     code, out, _ = ppc("study", "status", name, "--storage", tmp_path)
-    assert code == 0 and f"{len(rows)} finished" in out
+    assert code == 0 and f"{len(rows)} finished" in out and "(generated data)" in out
     code, _, err = ppc("figure", name, tmp_path / "picture.png", "--storage", tmp_path)
     assert code == 0 and (tmp_path / "picture.png").stat().st_size > 1000, err
 
@@ -143,3 +143,18 @@ def test_schema_and_doctor(tmp_path: Path, ppc) -> None:  # noqa: ANN001
     assert code == 0 and "design" in json.loads(out)["properties"]
     code, out, _ = ppc("doctor", "--storage", tmp_path)
     assert code == 0 and "torch" in out and str(tmp_path) in out.replace("\n", "")
+
+
+def test_what_is_missing_is_printed_with_its_brackets(tmp_path: Path, ppc, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001
+    from importlib import metadata
+
+    def none(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", none)
+    code, out, _ = ppc("doctor", "--storage", tmp_path / "[red]")
+    assert code == 1 and "pip install -e '.[timm]'" in out and "pip install -e '.[ray]'" in out
+    assert "pip install torch" in out and str(tmp_path / "[red]") in out
+    root = tmp_path / "[data]"
+    assert ppc("data", "make-scenes", root, "--num-train", "2", "--num-val", "1", "--image-px", "32")[0] == 0
+    assert str(root) in ppc("data", "check", root)[1].replace("\n", "")

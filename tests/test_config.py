@@ -83,3 +83,46 @@ def test_a_resolved_config_reads_back_equal() -> None:
 
 def test_every_field_of_a_trial_has_a_default() -> None:
     assert all(not field.is_required() for field in fields(TrialConfig).values())
+
+
+@pytest.mark.parametrize(
+    ("section", "rule", "unread", "read_by"),
+    [
+        (
+            "contrast",
+            {"negatives": "all"},
+            {"negative_rank_from": 0.1, "negative_rank_to": 0.9},
+            {"negatives": "ranks"},
+        ),
+        (
+            "contrast",
+            {"negatives": "ranks"},
+            {"negative_pool": 0.7, "negative_sample": 0.7},
+            {"negatives": "random_half"},
+        ),
+        ("contrast", {"hard_pixels": "paper"}, {"hard_pool": 0.7}, {"hard_pixels": "official"}),
+        ("seeds", {"protocol": "best_on_train"}, {"bg_score": 0.4}, {"protocol": "fixed"}),
+        ("seeds", {"protocol": "fixed"}, {"val_subset_split": "x", "val_subset_images": 3}, {"protocol": "val_subset"}),
+        ("method", {"name": "cam"}, {"er_weight": 2, "ecr_weight": 2, "min_pool_weight": 2}, {"name": "seam"}),
+    ],
+)
+def test_what_the_chosen_rule_does_not_read_decides_nothing(
+    section: str, rule: dict[str, object], unread: dict[str, object], read_by: dict[str, object]
+) -> None:
+    def decisive(*changes: dict[str, object]) -> object:
+        values = {key: value for change in changes for key, value in change.items()}
+        return TrialConfig.model_validate({section: values}).decisive(section)
+
+    for name, value in unread.items():
+        assert decisive(rule, {name: value}) == decisive(rule), name
+        assert decisive(read_by, {name: value}) != decisive(read_by), name
+    assert decisive(rule) != decisive(read_by)
+
+
+def test_plain_cam_without_contrast_has_no_target_view() -> None:
+    def views(method: str, top_k: int, px: int) -> object:
+        values = {"method": {"name": method}, "contrast": {"prototype_top_k": top_k}, "views": {"target_px": px}}
+        return TrialConfig.model_validate(values).decisive("views")
+
+    assert views("cam", 0, 64) == views("cam", 0, 128)
+    assert views("cam", 4, 64) != views("cam", 4, 128) and views("seam", 0, 64) != views("seam", 0, 128)

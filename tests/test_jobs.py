@@ -258,7 +258,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.ray
 @pytest.mark.filterwarnings("ignore")
 def test_a_study_is_submitted_followed_stopped_in_the_middle_and_taken_up(head: str, tmp_path: Path) -> None:
-    file, storage = experiment(tmp_path / "files", epochs=400), Storage(tmp_path / "storage")
+    file, storage = experiment(tmp_path / "files", epochs=200), Storage(tmp_path / "storage")
     options = LaunchOptions(tiny=True, tracking="none", sets=["data.scenes.seed=3"])
     first = submit(file, head, storage=str(storage.root), options=options)
     assert first == "ppc-jobs-tiny-1"

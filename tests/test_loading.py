@@ -359,7 +359,7 @@ def test_tiny_shrinks_any_trial_to_generated_data_on_a_cpu() -> None:
     assert (config.runtime.workers, config.runtime.gpus_per_worker, config.seeds.splits) == (1, 0, ("train",))
     assert (config.contrast.prototype_top_k, config.views.rotate_deg, config.views.target_px) == (64, 20.0, None)
     assert raw["data"]["name"] == "voc"
-    small = validate_trial(tiny(raw, {"backbone.name": "resnet50"}, keep={"seeds.scales"}), "f")
+    small = validate_trial(tiny(raw, {"backbone.name": "resnet50"}, keep={"seeds.scales": []}), "f")
     assert (small.backbone.name, len(small.seeds.scales)) == ("resnet50", 4)
     assert tiny_note(raw) == (
         "tiny: 8 generated images, 1 epoch(s), data.name scenes in place of voc, "
@@ -368,6 +368,15 @@ def test_tiny_shrinks_any_trial_to_generated_data_on_a_cpu() -> None:
     assert errors(tiny, raw, {"backbone.nam": "x"}) == [
         "tiny: backbone.nam: no such field; did you mean backbone.name?"
     ]
+
+
+def test_tiny_makes_room_for_values_that_stay() -> None:
+    kept = {"views.target_px": [64, None, "96"], "train.batch_size": [4, 12]}
+    raw = tiny({"views": {"target_px": 96}, "train": {"batch_size": 12}}, keep=kept)
+    config = validate_trial(raw, "f")
+    assert (config.train.crop_px, config.data.scenes.num_train) == (96, 12)
+    crop = validate_trial(tiny({}, keep={**kept, "train.crop_px": [448]}), "f")
+    assert (crop.train.crop_px, crop.data.scenes.num_train) == (448, 12)
 
 
 def test_overrides_win_over_tiny(tmp_path: Path) -> None:

@@ -10,8 +10,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny_study import QUIET, make_study
 
+import ppc.launch
 import ppc.stages
 from ppc.artifacts import Storage
 from ppc.config import StudyConfig
@@ -118,3 +120,66 @@ def test_the_command_that_is_printed_can_be_called(monkeypatch: pytest.MonkeyPat
     assert command() == "ppc"
     monkeypatch.setenv("PATH", "")
     assert Path(command()).exists()
+
+
+def of_list(variants: dict[str, dict], **fields: object) -> StudyConfig:
+    listed = [{"name": name, "set": values} for name, values in variants.items()]
+    return StudyConfig.model_validate({"name": "k", "design": {"kind": "list", "variants": listed}, **fields})
+
+
+def test_variants_that_are_one_trial_run_once_and_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = Storage(tmp_path)
+    off = {"contrast.prototype_top_k": 0}
+    study = of_list({"a": off, "b": {**off, "contrast.temperature": 0.5}, "c": {"contrast.prototype_top_k": 4}})
+    specs = expand(study, tiny=True, check=check_trial)
+    definition = define(study, specs, "c", storage)
+    assert [t.get("same_as") for t in definition["trials"]] == [None, "a", None]
+    assert len({t["key"] for t in definition["trials"]}) == 2
+    run, keys = ppc.launch.run_trial, list[str]()
+
+    def counted(cfg: object, key: str, *rest: object) -> object:
+        keys.append(key)
+        if key == definition["trials"][0]["key"]:
+            raise RuntimeError("would be tried again by its second row")
+        return run(cfg, key, *rest)
+
+    monkeypatch.setattr(ppc.launch, "run_trial", counted)
+    out = io.StringIO()
+    run_study(storage, "k", HERE, Console(file=out, width=300), definition)
+    assert len(keys) == 2
+    (line,) = [line for line in out.getvalue().splitlines() if line.startswith("b  ")]
+    assert "same trial as a" in line
+
+
+def test_the_metric_that_decides_must_be_one_of_the_trials(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    bad = {"metric": "mask_miou_trian", "base": {"stages": ["train_cam", "make_seeds", "refine_crf", "evaluate"]}}
+    study = of_list({"a": {}, "b": {"train.learning_rate": 0.1}}, **bad)
+    specs = expand(study, tiny=True, check=check_trial)
+    with pytest.raises(ValueError, match="^metric: .*no 'mask_miou_trian'; did you mean mask_miou_train\\?$"):
+        define(study, specs, "a", storage)
+    no_crf = {"stages": ["train_cam", "make_seeds", "evaluate"]}
+    study = of_list({"a": {}, "b": no_crf})
+    specs = expand(study, tiny=True, check=check_trial)
+    with pytest.raises(ValueError, match="^b: metric: .*no 'mask_miou_train'; did you mean seed_miou_train"):
+        define(study, specs, "a", storage)
+    assert define(study, specs[1:], "b", storage, any_metric=True)["metric"] == "seed_miou_train"
+
+
+def test_brackets_in_names_and_paths_are_printed_as_they_are(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "[data]" / "[red]voc")
+    make_study(storage, name="k", k=[4], seeds=[0])
+    study = storage.study("k").definition()
+    blocked = storage.stage("train_cam", stage_key(study, 0, "train_cam")).path
+    blocked.parent.mkdir(parents=True)
+    blocked.write_text("a file where a folder must be made")
+    out = io.StringIO()
+    assert run_study(storage, "k", HERE, Console(file=out, width=4000)) == 1
+    text = out.getvalue()
+    assert f"study resume k --storage {storage.root}" in text and f"report: {storage.root}" in text
+    assert f"ui k --storage {storage.root}" in text
+    assert f"traceback of prototype_top_k=4 s=0: {storage.root}" in text
+
+
+def stage_key(study: dict, index: int, name: str) -> str:
+    return next(s["key"] for s in study["trials"][index]["stages"] if s["name"] == name)

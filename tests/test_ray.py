@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import psutil
 import pytest
+import torch
+import torch.distributed as dist
 from tiny_study import make_study
 
 from ppc.artifacts import Storage, read_journal
-from ppc.config import TrialConfig
+from ppc.config import RuntimeConfig, TrialConfig
 from ppc.ray_runtime import RayRuntime
 from ppc.ray_study import cluster
+from ppc.train import rank, world_size
 from ppc.trial import run_trial
 
 # The warnings of Ray are not ours.
@@ -24,8 +29,10 @@ pytestmark = [pytest.mark.ray, pytest.mark.filterwarnings("ignore")]
 
 @pytest.fixture(scope="module")
 def ray_here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with cluster(None, num_cpus=4):
-        yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parent))  # workers call functions of this file
+        with cluster(None, num_cpus=4):
+            yield
 
 
 def run_one(storage: Storage, study: dict[str, Any], scratch: Path, runtime: dict[str, Any]) -> dict[str, Any]:
@@ -66,12 +73,67 @@ def test_a_trial_that_asks_for_more_than_there_is_fails_with_that_word(tmp_path:
     assert time.monotonic() - start < 20
 
 
-@pytest.mark.parametrize("engine", ["task", "train"])
-def test_what_a_worker_raises_is_what_the_trial_raises(engine: str, tmp_path: Path, ray_here: None) -> None:
-    storage = Storage(tmp_path)
-    study = make_study(storage, k=[4], seeds=[0], tiny={"train.batch_size": 64})
-    with pytest.raises(ValueError, match="train.batch_size is 64 but the split has"):
-        run_one(storage, study, tmp_path / "scratch", {"engine": engine})
+def note_device(shared: int, part: Sequence[int], device: torch.device) -> str:
+    return str(device)
+
+
+def test_images_wait_for_no_gpu_that_never_comes(ray_here: None) -> None:
+    found: list[str] = []
+
+    def infer(runtime: dict[str, Any]) -> None:
+        cfg = RuntimeConfig.model_validate({"resource_wait_s": 0, **runtime})
+        RayRuntime("").map(note_device, 0, [1], cfg, lambda done, result: found.append(result), use_gpu=True)
+
+    with pytest.raises(ValueError, match="asks for 1 GPU in all but the cluster has 0"):
+        infer({"gpus_per_worker": 1})
+    infer({})
+    assert found == ["cpu"]
+
+
+class StepError(ValueError):
+    """What the last worker raises."""
+
+
+def raise_in_the_last(payload: Path, device: torch.device) -> None:
+    (payload / f"{rank()}-{time.time_ns()}").touch()
+    if rank() == world_size() - 1:
+        raise StepError("step 3: train/loss is not finite")
+    dist.barrier()  # waits for the one that raised
+
+
+def die_once_in_the_second(payload: Path, device: torch.device) -> None:
+    first = not (payload / "died").exists()
+    dist.barrier()
+    if dist.get_rank() == 1 and first:
+        (payload / "died").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()  # the first try of the other raises here: it is no raise of the trial
+    (payload / f"ended-{dist.get_rank()}").touch()
+
+
+@pytest.mark.parametrize(("engine", "workers"), [("task", 1), ("train", 2)])
+def test_what_a_worker_raises_first_is_raised_at_once(
+    engine: Literal["task", "train"], workers: int, tmp_path: Path, ray_here: None
+) -> None:
+    cfg = RuntimeConfig(engine=engine, workers=workers, max_failures=2)
+    start = time.monotonic()
+    with pytest.raises(StepError, match="step 3: train/loss is not finite$") as caught:
+        RayRuntime(str(tmp_path / "scratch")).train(raise_in_the_last, made(tmp_path / "seen"), cfg)
+    assert "raise_in_the_last" in str(caught.value.__cause__), "with the traceback of the worker"
+    assert len(list((tmp_path / "seen").iterdir())) == workers, "a raise is not tried again"
+    assert time.monotonic() - start < 200, "nobody waited for the time limit of the messages"
+
+
+@pytest.mark.slow
+def test_a_dead_worker_of_two_is_started_again(tmp_path: Path, ray_here: None) -> None:
+    cfg = RuntimeConfig(workers=2, max_failures=1)
+    RayRuntime(str(tmp_path / "scratch")).train(die_once_in_the_second, made(tmp_path / "seen"), cfg)
+    assert {path.name for path in (tmp_path / "seen").iterdir()} == {"died", "ended-0", "ended-1"}
+
+
+def made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_a_killed_training_process_is_started_again_from_its_checkpoint(tmp_path: Path, ray_here: None) -> None:

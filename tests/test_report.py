@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from fake_study import FakeStudy
 from rich.console import Console
 
 from ppc.artifacts import Storage, write_json
-from ppc.report import build_report, duration, markdown, print_report, status_lines, status_table, write_report
+from ppc.live import REFRESH_S, LiveStatus
+from ppc.report import build_report, duration, markdown, print_report, write_report
+from ppc.status import status_lines, status_table
 
 
 @pytest.fixture
@@ -105,7 +108,7 @@ def test_reused_trials_are_called_so(fake: FakeStudy) -> None:
     report = build_report(fake.storage, "demo")
     assert report.lines[0].reused == 3
     assert "3 finished; 3 reused" in markdown(report)
-    assert any("finished (reused)" in line for line in status_lines(fake.rows))
+    assert any("finished (reused)" in line for line in status_lines(fake.rows, generated=True))
 
 
 def test_files_hold_the_same_numbers_unrounded(fake: FakeStudy, tmp_path: Path) -> None:
@@ -142,7 +145,7 @@ def test_status_tells_each_trials_state(fake: FakeStudy) -> None:
     write_json(
         stage / "progress.json", {"done": 3, "total": 12, "unit": "step", "epoch": 1, "epochs": 4, "left_s": 42.0}
     )
-    lines = status_lines(fake.rows)
+    lines = status_lines(fake.rows, generated=True)
     assert len(lines) == 10
     found = {line.partition(" s=")[0] + line.partition(" s=")[2][0]: line for line in lines[1:]}
     assert "mask_miou_train 40.00" in found["prototype_top_k=00"]
@@ -155,12 +158,68 @@ def test_status_tells_each_trials_state(fake: FakeStudy) -> None:
 def test_status_table_takes_brackets_in_errors(fake: FakeStudy) -> None:
     fake.fail(6, "bad [/red] index [3]")
     out = io.StringIO()
-    Console(file=out, width=200, force_terminal=True).print(status_table(fake.rows, title="demo"))
+    Console(file=out, width=200, force_terminal=True).print(status_table(fake.rows, title="demo", generated=True))
     assert "bad [/red] index [3]" in out.getvalue()
 
 
+def test_brackets_are_printed_as_they_are(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    study.fail(0, "no [/data/voc]: pip install -e '.[timm]'")
+    for entry in study.study["trials"]:
+        entry["variant"] = f"[bold]{entry['variant']}"
+    study.study |= {"note": "[red]", "baseline": "[bold]prototype_top_k=0", "metric": "seed_miou_[red]"}
+    write_json(study.storage.study("demo").path / "study.json", study.study)
+    for terminal in (False, True):
+        text = printed(study, width=250, force_terminal=terminal)
+        assert "no [/data/voc]: pip install -e '.[timm]'" in text
+        assert "[bold]prototype_top_k=4" in text and "seed_miou_[red]" in text
+    out = io.StringIO()
+    table = status_table(study.rows, title="[bold]demo", generated=False)
+    Console(file=out, width=250, force_terminal=True).print(table)
+    assert "[bold]demo" in out.getvalue() and "pip install -e '.[timm]'" in out.getvalue()
+
+
+def test_generated_data_are_called_so_beside_the_figures(fake: FakeStudy) -> None:
+    assert "result (generated data)" in status_lines(fake.rows, generated=True)[0]
+    assert "generated" not in "\n".join(status_lines(fake.rows, generated=False))
+    out = io.StringIO()
+    Console(file=out, width=250).print(status_table(fake.rows, title="demo: 6", generated=True))
+    assert "demo: 6 (generated data)" in out.getvalue()
+
+
+def test_the_live_table_calls_generated_data_so(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
+    with LiveStatus(fake.storage, fake.study, Console(file=io.StringIO())):
+        time.sleep(1.5 * REFRESH_S)
+    assert "result (generated data)" in capsys.readouterr().out
+    out = io.StringIO()
+    with LiveStatus(fake.storage, fake.study, Console(file=out, width=250, force_terminal=True)):
+        time.sleep(1.5 * REFRESH_S)
+    assert "(generated data)" in out.getvalue()
+
+
+def test_csv_says_what_each_figure_is_measured_on(fake: FakeStudy, tmp_path: Path) -> None:
+    fake.study["trials"][3]["same_as"] = "prototype_top_k=0"
+    write_json(fake.storage.study("demo").path / "study.json", fake.study)
+    report = build_report(fake.storage, "demo")
+    rows = list(csv.DictReader(io.StringIO(write_report(report, tmp_path / "report")[1].read_text())))
+    told = [(row["split"], row["count"], row["protocol"], row["generated"]) for row in rows]
+    assert told == [("train", "240", "best_on_train", "True")] * 3
+    assert [row["same_as"] for row in rows] == ["", "prototype_top_k=0", ""]
+    assert "same trial as prototype_top_k=0" in markdown(report)
+
+
+@pytest.mark.parametrize(("metric", "text"), [("mask_miou_train_aug", "train_aug: 10582 images"), ("bg_score", None)])
+def test_split_is_that_of_the_metric(tmp_path: Path, metric: str, text: str | None) -> None:
+    study = FakeStudy(tmp_path)
+    study.finish(0, 0.4)
+    path = study.storage.trial(study.entry(0)["key"]).path / "result.json"
+    write_json(path, {**json.loads(path.read_text()), "counts": {"train": 1464, "train_aug": 10582}})
+    write_json(study.storage.study("demo").path / "study.json", {**study.study, "metric": metric})
+    assert dict(build_report(study.storage, "demo").header).get("split") == text
+
+
 def test_status_of_nothing_is_headings_alone() -> None:
-    assert status_lines([]) == ["trial  state"]
+    assert status_lines([], generated=False) == ["trial  state"]
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(None, "-"), (7.4, "7 s"), (150, "2.5 min"), (7560, "2.1 h")])

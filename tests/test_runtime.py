@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 
 from ppc.config import RuntimeConfig
-from ppc.runtime import LocalRuntime, chunks, prepare_process
+from ppc.runtime import LocalRuntime, chunks, first_raise, prepare_process, raise_file, record_raise
 from ppc.train import gather, sum_over_workers
 
 
@@ -36,11 +36,11 @@ class OddError(ValueError):
         return f"{self.args[0]}: {self.args[1]}"
 
 
-def squares(shared: int, part: Sequence[int]) -> list[Any]:
-    return [(shared * x * x, os.getpid()) for x in part]
+def squares(shared: int, part: Sequence[int], device: torch.device) -> Any:
+    return sum(shared * x * x for x in part), len(part), os.getpid(), str(device)
 
 
-def raise_at_7(shared: int, part: Sequence[int]) -> list[Any]:
+def raise_at_7(shared: int, part: Sequence[int], device: torch.device) -> list[Any]:
     if 7 in part:
         raise OddError("item 7", "is odd")
     return list(part)
@@ -58,20 +58,37 @@ def test_threads_are_those_of_the_cpus_and_at_least_one() -> None:
 
 
 @pytest.mark.parametrize("processes", [1, 2])
-def test_map_gives_results_in_the_order_of_the_items(processes: int) -> None:
+def test_map_hands_over_each_result_once_as_it_comes(processes: int) -> None:
     dones: list[int] = []
+    results: list[Any] = []
+
+    def take(done: int, result: Any) -> None:
+        dones.append(done)
+        results.append(result)
+
     cfg = RuntimeConfig(images_per_task=3)
-    results = LocalRuntime(processes).map(squares, 10, list(range(8)), cfg, dones.append)
-    assert [value for value, _ in results] == [10 * x * x for x in range(8)]
-    assert len(dones) == 3 and dones[-1] == 8 and dones == sorted(dones)
-    assert ({pid for _, pid in results} == {os.getpid()}) == (processes == 1)
-    assert LocalRuntime(processes).map(squares, 1, [], cfg, dones.append) == []
+    LocalRuntime(processes).map(squares, 10, list(range(8)), cfg, take)
+    assert sorted(value for value, *_ in results) == [50, 500, 850]
+    assert [sum(size for _, size, *_ in results[: i + 1]) for i in range(3)] == dones and dones[-1] == 8
+    assert ({pid for *_, pid, _ in results} == {os.getpid()}) == (processes == 1)
+    assert {device for *_, device in results} == {"cpu"}
+    LocalRuntime(processes).map(squares, 1, [], cfg, take)
+    assert len(dones) == 3
+
+
+@pytest.mark.parametrize(("use_gpu", "device"), [(True, "cuda:0"), (False, "cpu")])
+def test_map_hands_out_the_device(use_gpu: bool, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found: list[Any] = []
+    cfg = RuntimeConfig()
+    LocalRuntime().map(squares, 1, [1], cfg, lambda done, result: found.append(result[-1]), use_gpu=use_gpu)
+    assert found == [device]
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_map_raises_what_its_function_raised(processes: int) -> None:
     with pytest.raises(OddError, match="item 7: is odd"):
-        LocalRuntime(processes).map(raise_at_7, 0, list(range(8)), RuntimeConfig(images_per_task=3), lambda done: None)
+        LocalRuntime(processes).map(raise_at_7, 0, list(range(8)), RuntimeConfig(images_per_task=3), lambda *_: None)
 
 
 def note_rank(payload: Path, device: torch.device) -> None:
@@ -111,6 +128,24 @@ def test_what_a_worker_raises_is_raised() -> None:
     with pytest.raises(OddError, match="^step 3: is not finite$") as caught:
         LocalRuntime().train(raise_in_one, 1, RuntimeConfig(workers=2))
     assert "raise_in_one" in str(caught.value.__cause__), "with the traceback of the worker"
+
+
+class OneWayError(ValueError):
+    """An error that pickle takes and cannot give back."""
+
+    def __init__(self, path: str, what: str) -> None:
+        super().__init__(f"{path}: {what}")
+
+
+def test_the_first_raise_counts_whatever_can_be_pickled(tmp_path: Path) -> None:
+    assert first_raise(tmp_path) is None
+    for rank, error in ((1, OneWayError("step 3", "is not finite")), (0, RuntimeError("connection closed by peer"))):
+        record_raise(tmp_path, rank, error)
+    assert str(first_raise(tmp_path)) == "OneWayError: step 3: is not finite"
+    raise_file(tmp_path, 1).unlink()
+    assert str(first_raise(tmp_path)) == "connection closed by peer"
+    raise_file(tmp_path, 0).write_bytes(b"torn")
+    assert first_raise(tmp_path) is None
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,9 +21,10 @@ from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_seed
 from ppc.figures import read_palette_png
 from ppc.methods import METHODS, build_net
+from ppc.metrics import OFFICIAL_THRESHOLDS, curve_counts
 from ppc.runtime import LocalRuntime
 from ppc.stages import STAGES, plan_stages
-from ppc.stages.make_seeds import infer_cam, read_cam, scaled, val_subset
+from ppc.stages.make_seeds import chosen_score, infer_cam, read_cam, scaled, val_subset
 from ppc.stages.train_cam import load_net
 from ppc.trial import Planner, TrialPlan, run_trial
 
@@ -124,6 +126,46 @@ def test_scores_are_those_of_the_pngs(storage: Storage, scenes: Path) -> None:
         assert confusion[2, 1] == sum(int(((t == 2) & (p == 1)).sum()) for p, t in pairs)
     assert result["counts"] == {"train": 8}
     assert result["class_names"] == ["background", *data.class_names]
+
+
+def test_what_comes_back_of_the_images_does_not_grow_with_their_number(
+    storage: Storage, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Planner(storage).plan(
+        tiny_config({"seeds.protocol": "val_subset", "seeds.splits": ["train", "val"]}, scenes)
+    )
+    results: list[Any] = []
+    whole = LocalRuntime.map
+
+    def watched(self: Any, function: Any, shared: Any, items: Any, cfg: Any, done: Any, **options: Any) -> None:
+        def take(number: int, result: Any) -> None:
+            results.append((function.__name__, result))
+            done(number, result)
+
+        whole(self, function, shared, items, cfg, take, **options)
+
+    monkeypatch.setattr(LocalRuntime, "map", watched)
+    for size in (1, 100):
+        results.clear()
+        for name in ("make_seeds", "evaluate"):
+            shutil.rmtree(folders_of(storage, plan)[name].path, ignore_errors=True)
+        (storage.trial(plan.key).path / "result.json").unlink(missing_ok=True)
+        runtime = plan.config.runtime.model_copy(update={"images_per_task": size})
+        cfg = plan.config.model_copy(update={"runtime": runtime})
+        result = run_trial(cfg, plan.key, plan.stages, storage, LocalRuntime())
+        curves = [r for name, r in results if name == "infer_chunk"]
+        counts = [r for name, r in results if name == "count_chunk"]
+        assert len(curves) == (12 if size == 1 else 1) and len(counts) == (24 if size == 1 else 4)
+        assert all(r.shape == (4, 4) and r.dtype == np.int64 for r in counts)
+        assert all(c.shape == (61, 4, 4) and c.dtype == np.int64 for r in curves for c in r.values())
+        total = {name: sum(r[name] for r in curves if name in r) for r in curves for name in r}
+        assert total.keys() == {"train", "val", "val_subset images"}
+        masks = [layout(scenes).mask(i, split="val") for _, i in val_subset(plan.config, layout(scenes))]
+        assert total["val_subset images"].sum() == sum(int((mask != 255).sum()) for mask in masks)
+        if size == 1:
+            wanted = result
+    for name in ("metrics", "curves", "confusion"):
+        assert result[name] == wanted[name]
 
 
 # -- a stage that was stopped half-way
@@ -345,6 +387,37 @@ def test_a_trained_net_comes_with_its_normalisation(storage: Storage, scenes: Pa
         load_net(cfg.model_dump_json(), 4, folders["train_cam"] / "weights.pt", CPU)
 
 
+def test_a_training_killed_before_its_manifest_keeps_its_checkpoints(
+    scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(StageDir, "finish", killed)
+    own = Storage(tmp_path / "root")
+    plan = Planner(own).plan(tiny_config({"stages": ["train_cam"]}, scenes))
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(own, plan)
+    folder = folders_of(own, plan)["train_cam"]
+    assert {path.name for path in (folder / "checkpoints").iterdir()} == {"epoch-00001.pt", "epoch-00002.pt"}
+
+
+def test_a_stage_says_which_pretrained_tensors_it_loaded(
+    storage: Storage, scenes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    cfg = tiny_config({"stages": ["train_cam"]}, scenes)
+    state = build_net(cfg, 3, pretrained=False).backbone.net.state_dict()
+    torch.save(state, tmp_path / "weights.pth")
+    result, _ = run(
+        storage, tiny_config({"stages": ["train_cam"], "backbone.weights": str(tmp_path / "weights.pth")}, scenes)
+    )
+    report = result["weights_report"]
+    assert report["loaded"] == len(state) and report["missing"] == report["left_over"] == []
+    assert report["path"] == str(tmp_path / "weights.pth") and len(report["sha256"]) == 64
+    assert capfd.readouterr().out.count(f"{len(state)} tensors loaded from") == 1
+    assert "weights_report" not in run(storage, cfg)[0]
+
+
 # -- the plan
 
 
@@ -380,3 +453,18 @@ def test_overlays_are_pictures_of_their_images(storage: Storage, scenes: Path) -
     for path in (folders["make_seeds"] / "overlays").iterdir():
         with Image.open(path) as picture:
             assert picture.mode == "RGB" and picture.size[::-1] == layout(scenes).image_size(path.stem)
+
+
+def test_best_on_train_looks_at_the_training_split_wherever_it_stands() -> None:
+    """One image a split: its CAM is 0.9 on the object and `low` on the background, which a score above `low` cuts."""
+    truth = np.array([[0, 1], [0, 1]])
+
+    def counts(low: float) -> Any:
+        cam = np.where(truth == 1, 0.9, low).astype(np.float32)[None]
+        return curve_counts(cam, np.array([0]), truth, thresholds_T=OFFICIAL_THRESHOLDS, num_classes=2)
+
+    data: Any = SimpleNamespace(has_masks=lambda split: True, ids=lambda split: ["image"])
+    found = {"val": counts(0.1), "train": counts(0.4)}
+    for splits in (["val", "train"], ["train", "val"]):
+        cfg = tiny_config({"seeds.splits": splits})
+        assert 0.39 < chosen_score(cfg, data, found) < 0.45

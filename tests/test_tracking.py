@@ -204,6 +204,33 @@ def test_more_points_than_one_request_takes(fake: FakeStudy) -> None:
     assert history(fake, run, "train/loss") == [(i, 0.5 + i, 1000 + i) for i in range(2500)]
 
 
+def test_scores_of_a_finished_stage_are_there_before_the_trial_ends(fake: FakeStudy) -> None:
+    fake.start(0)
+    stage = fake.storage.stage("make_seeds", fake.entry(0)["stages"][1]["key"])
+    curve = {"train": {"thresholds": [0.0, 0.25, 0.5], "miou": [0.1, 0.5, 0.2]}}
+    made = stage.finish({"metrics": {"bg_score": 0.25}, "curves": curve}, wall_s=10.0)
+    tracker = tracker_of(fake)
+    tracker.sync(fake.rows)
+    (run,) = runs_of(fake).values()
+    t = made["finished_ms"]
+    sent = {
+        "final/bg_score": [(0, 0.25, t)], "cost/make_seeds_s": [(0, 10.0, t)],
+        "curve/miou_train": [(0, 0.1, t), (25, 0.5, t), (50, 0.2, t)],
+    }  # fmt: skip
+    assert run.info.status == "RUNNING" and {name: history(fake, run, name) for name in sent} == sent
+    assert run.data.metrics.keys() == sent.keys()
+    time.sleep(0.01)
+    text = (stage / "manifest.json").read_text()
+    fake.finish(0, 0.5)
+    (stage / "manifest.json").write_text(text)
+    tracker.sync(fake.rows)
+    (fake.storage.study("demo").path / "tracking.json").unlink()  # all is forgotten, all is sent again
+    tracker.sync(fake.rows)
+    (run,) = runs_of(fake).values()
+    assert run.info.status == "FINISHED" and {name: history(fake, run, name) for name in sent} == sent
+    assert run.data.metrics["final/mask_miou_train"] == 0.5 and run.data.metrics["cost/train_cam_s"] == 15.0
+
+
 def test_what_is_not_a_number_is_refused_and_said(fake: FakeStudy) -> None:
     fake.start(0)
     fake.finish(0, 0.5)
@@ -461,7 +488,7 @@ def test_a_uri_that_cannot_work_is_refused_at_once(uri: str, words: str) -> None
 
 def test_without_mlflow_the_error_says_what_to_install(fake: FakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ppc.mlflow_server.find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"pip install 'ppc\[mlflow\]'.*--tracking none"):
+    with pytest.raises(ValueError, match=r"pip install -e '\.\[mlflow\]'.*--tracking none"):
         tracker_of(fake)
     assert isinstance(make_tracker("none", fake.storage, fake.study, "001"), NoTracker)
 

@@ -52,12 +52,12 @@ class CallingRuntime(LocalRuntime):
         shared: Any,
         items: Sequence[Any],
         cfg: RuntimeConfig,
-        done: Callable[[int], None],
+        done: Callable[[int, Any], None],
         *,
         use_gpu: bool = False,
-    ) -> list[Any]:
+    ) -> None:
         self.before_map()
-        return super().map(function, shared, items, cfg, done, use_gpu=use_gpu)
+        super().map(function, shared, items, cfg, done, use_gpu=use_gpu)
 
 
 def run_plan(plan: TrialPlan, storage: Storage, rt: LocalRuntime | None = None) -> dict[str, Any]:
@@ -249,7 +249,8 @@ def test_other_splits_for_the_seeds_keep_the_trained_net(scenes: Path, storage: 
     trained = {dict(plan.stages)["train_cam"] for plan in plans}
     assert len(trained) == 1
     assert len({dict(plan.stages)["make_seeds"] for plan in plans}) == 3
-    assert dict(plan_of(scenes, storage, {"data.train_split": "val"}).stages)["train_cam"] not in trained
+    other = {"data.train_split": "val", "seeds.splits": ["train", "val"]}
+    assert dict(plan_of(scenes, storage, other).stages)["train_cam"] not in trained
 
 
 def test_splits_are_those_that_are_read() -> None:
@@ -268,6 +269,8 @@ def test_splits_are_those_that_are_read() -> None:
         ({"contrast.negative_rank_from": 0.7}, "contrast.negative_rank_from", "smaller"),
         ({"data.name": "voc"}, "data.root", "name the folder"),
         ({"stages": ["evaluate"]}, "stages", "evaluate needs make_seeds"),
+        ({"backbone.name": "resnet38d", "backbone.output_stride": 16}, "backbone.output_stride", "resnet38d can have"),
+        ({"seeds.splits": ["val"]}, "seeds.protocol", r"data.train_split train, .* not among seeds.splits \[val\]"),
     ],
 )
 def test_what_types_cannot_say_is_checked_before_anything_starts(
@@ -278,6 +281,61 @@ def test_what_types_cannot_say_is_checked_before_anything_starts(
     with pytest.raises(ValueError, match=f"^{field}: .*{text}"):
         Planner(storage).plan(cfg)
     assert not storage.root.exists()
+
+
+def test_an_unknown_timm_model_is_told_before_anything_starts() -> None:
+    pytest.importorskip("timm")
+    ((field, text),) = check_trial(tiny_config({"backbone.name": "timm:resnet_18"}))
+    assert field == "backbone.name" and "no model 'resnet_18'; did you mean resnet18?" in text
+
+
+def test_a_trial_that_asks_too_much_of_its_data_is_told_so_at_once(scenes: Path, storage: Storage) -> None:
+    asked = {"train.batch_size": 9, "seeds.splits": ["train", "va"], "seeds.protocol": "val_subset"}
+    with pytest.raises(ValueError, match="^seeds.splits: no split 'va' in .*; did you mean val\\?$"):
+        plan_of(scenes, storage, asked)
+    with pytest.raises(ValueError, match="^train.batch_size: 9 is more than the 8 images of train$"):
+        plan_of(scenes, storage, {**asked, "seeds.splits": ["train"]})
+    plan_of(scenes, storage, {"train.batch_size": 8})
+
+
+@pytest.mark.parametrize(
+    ("protocol", "split"), [({"seeds.protocol": "best_on_train"}, "train"), ({"seeds.protocol": "val_subset"}, "val")]
+)
+def test_a_protocol_that_needs_masks_asks_for_them_before_anything_starts(
+    own: Path, storage: Storage, protocol: dict[str, Any], split: str
+) -> None:
+    for path in (own / "SegmentationClass").glob(f"{split}_*.png"):
+        path.unlink()
+    changes = {"data.name": "voc", "train.batch_size": 9, **protocol}
+    with pytest.raises(ValueError, match=f"needs masks of split {split}; use seeds.protocol fixed") as told:
+        plan_of(own, storage, changes)
+    assert "train.batch_size: 9" in str(told.value), "all that is wrong at once"
+    assert not storage.root.exists()
+
+
+def test_weights_of_another_net_are_told_before_anything_starts(
+    scenes: Path, storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "other.pth"
+    torch.save(torch.nn.Linear(2, 3).state_dict(), path)
+    planner, loads = Planner(storage), list[Any]()
+    build = ppc.trial.build_backbone
+    monkeypatch.setattr(ppc.trial, "build_backbone", lambda *a, **k: loads.append(a) or build(*a, **k))
+    for seed in (0, 1):
+        with pytest.raises(
+            ValueError, match="^backbone.weights: for backbone.name tiny: .*other.pth does not fit tiny"
+        ):
+            planner.plan(tiny_config({"backbone.weights": str(path), "seed": seed}, scenes))
+    assert len(loads) == 1, "a file is tried once"
+
+
+def test_the_metrics_of_a_plan_are_those_of_its_result(scenes: Path, storage: Storage) -> None:
+    plan = plan_of(scenes, storage, {"seeds.splits": ["train", "val"], "train.epochs": 1})
+    assert plan.metrics[-1] == "mask_miou_train"
+    assert sorted(plan.metrics) == sorted(run_plan(plan, storage)["metrics"])
+    assert plan_of(scenes, storage, {"stages": ["train_cam"]}).metrics == []
+    seeds_only = plan_of(scenes, storage, {"stages": ["train_cam", "make_seeds", "evaluate"]})
+    assert seeds_only.metrics == ["bg_score", "seed_miou_train"]
 
 
 # -- errors

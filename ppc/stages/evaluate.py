@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from ppc.artifacts import Progress
 from ppc.data import VocLayout
 from ppc.figures import read_palette_png
-from ppc.metrics import confusion, iou, miou
+from ppc.metrics import Counts, confusion, iou, miou
 from ppc.stages.context import StageContext
 
 
@@ -42,8 +43,8 @@ def run(context: StageContext) -> dict[str, Any]:
         result["counts"][split] = len(ids)
         for product, folder in products.items():
             shared = Shared(folder, dataset, split)
-            parts = context.rt.map(count_chunk, shared, ids, cfg.runtime, partial(_advance, progress, before))
-            conf = np.sum(parts, axis=0)
+            conf = np.zeros((dataset.num_classes + 1,) * 2, np.int64)
+            context.rt.map(count_chunk, shared, ids, cfg.runtime, partial(_add, conf, progress, before))
             name, absent = f"{product}_miou_{split}", cfg.seeds.absent_classes
             result["metrics"][name] = miou(conf, absent=absent)
             per_class = iou(conf, absent=absent)
@@ -53,15 +54,16 @@ def run(context: StageContext) -> dict[str, Any]:
     return result
 
 
-def _advance(progress: Progress, before: int, done: int) -> None:
+def _add(conf: Counts, progress: Progress, before: int, done: int, part: Counts) -> None:
+    conf += part
     progress.update(before + done)
 
 
-def count_chunk(shared: Shared, ids: Sequence[str]) -> list[Any]:
-    """Confusion counts of some images."""
-    counts = []
+def count_chunk(shared: Shared, ids: Sequence[str], device: torch.device) -> Counts:
+    """Confusion counts of some images, added up."""
+    total = np.zeros((shared.dataset.num_classes + 1,) * 2, np.int64)
     for image_id in ids:
         predicted = read_palette_png(shared.folder / f"{image_id}.png")
         mask = shared.dataset.mask(image_id, split=shared.split)
-        counts.append(confusion(predicted, mask, shared.dataset.num_classes + 1))
-    return counts
+        total += confusion(predicted, mask, shared.dataset.num_classes + 1)
+    return total

@@ -23,11 +23,14 @@ from ppc.config import TrialConfig
 from ppc.data import VocLayout
 from ppc.figures import overlay, palette_png
 from ppc.methods import METHODS
-from ppc.metrics import OFFICIAL_THRESHOLDS, choose_bg_score, curve_counts, curve_miou
+from ppc.metrics import OFFICIAL_THRESHOLDS, Counts, choose_bg_score, curve_counts, curve_miou
 from ppc.nets import CamNet
 from ppc.seeding import derive_rng
 from ppc.stages.context import StageContext
 from ppc.stages.train_cam import load_net
+
+Item = tuple[str, str]  # split, image id
+VAL_SUBSET = "val_subset images"  # name of their sum, among the names of splits
 
 
 @dataclass(frozen=True)
@@ -38,11 +41,9 @@ class Shared:
     folder: StageDir
     weights: Path
     dataset: VocLayout
+    subset: frozenset[Item] = frozenset()  # the images of protocol val_subset
     bg_score: float = 0.0
     overlays: frozenset[str] = frozenset()
-
-
-Item = tuple[str, str]  # split, image id
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -50,19 +51,21 @@ def run(context: StageContext) -> dict[str, Any]:
     cfg, dataset, folder = context.cfg, context.dataset, context.folder
     items = images_of(cfg, dataset)
     progress = Progress(folder / "progress.json", total=2 * len(items), unit="image")
-    shared = Shared(cfg, folder, context.inputs["train_cam"] / "weights.pt", dataset)
-    parts = context.rt.map(infer_chunk, shared, items, cfg.runtime, progress.update, use_gpu=True)
-    counts = dict(zip(items, parts, strict=True))
-    curves = {
-        split: np.sum([counts[split, image_id] for image_id in dataset.ids(split)], axis=0)
-        for split in cfg.seeds.splits
-        if dataset.has_masks(split)
-    }
+    subset = frozenset(val_subset(cfg, dataset)) if cfg.seeds.protocol == "val_subset" else frozenset()
+    shared = Shared(cfg, folder, context.inputs["train_cam"] / "weights.pt", dataset, subset)
+    counts: dict[str, Counts] = {}  # one sum a curve, however many images there are
+
+    def add(done: int, part: dict[str, Counts]) -> None:
+        add_counts(counts, part)
+        progress.update(done)
+
+    context.rt.map(infer_chunk, shared, items, cfg.runtime, add, use_gpu=True)
+    curves = {split: counts[split] for split in cfg.seeds.splits if dataset.has_masks(split)}
     score = chosen_score(cfg, dataset, counts)
     first = dataset.ids(cfg.seeds.splits[0])
     drawn = frozenset(first[:: max(1, len(first) // max(1, cfg.seeds.overlays))][: cfg.seeds.overlays])
-    shared = Shared(cfg, folder, shared.weights, dataset, score, drawn)
-    context.rt.map(seed_chunk, shared, items, cfg.runtime, lambda done: progress.update(len(items) + done))
+    shared = Shared(cfg, folder, shared.weights, dataset, subset, score, drawn)
+    context.rt.map(seed_chunk, shared, items, cfg.runtime, lambda done, _: progress.update(len(items) + done))
     absent = cfg.seeds.absent_classes
     return {
         "metrics": {"bg_score": score},
@@ -92,24 +95,35 @@ def val_subset(cfg: TrialConfig, dataset: VocLayout) -> list[Item]:
     return [(split, image_id) for image_id in sorted(derive_rng("val_subset").sample(ids, number))]
 
 
-def chosen_score(cfg: TrialConfig, dataset: VocLayout, counts: dict[Item, Any]) -> float:
-    """The background score by the protocol of the config. ValueError when the masks it needs are not there."""
+def chosen_score(cfg: TrialConfig, dataset: VocLayout, counts: dict[str, Counts]) -> float:
+    """The background score by the protocol of the config, from the summed curve counts of each split and VAL_SUBSET.
+
+    ValueError when the masks it needs are not there.
+    """
     seeds = cfg.seeds
     if seeds.protocol == "fixed":
         return seeds.bg_score
-    split = seeds.val_subset_split if seeds.protocol == "val_subset" else seeds.splits[0]
+    split = seeds.val_subset_split if seeds.protocol == "val_subset" else cfg.data.train_split
     if not dataset.has_masks(split):
         raise ValueError(f"seeds.protocol {seeds.protocol} needs masks of split {split}; use seeds.protocol fixed")
-    chosen = val_subset(cfg, dataset) if seeds.protocol == "val_subset" else [(split, i) for i in dataset.ids(split)]
-    curve = curve_miou(np.sum([counts[item] for item in chosen], axis=0), absent=seeds.absent_classes)
+    chosen = counts[VAL_SUBSET if seeds.protocol == "val_subset" else split]
+    curve = curve_miou(chosen, absent=seeds.absent_classes)
     return choose_bg_score(protocol="best", fixed=seeds.bg_score, thresholds_T=OFFICIAL_THRESHOLDS, miou_T=curve)
 
 
-def infer_chunk(shared: Shared, items: Sequence[Item]) -> list[Any]:
-    """CAMs of some images, and their curve counts (None without a mask). A CAM that is there is not made again."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def add_counts(totals: dict[str, Counts], part: dict[str, Counts]) -> None:
+    """Add counts to totals of the same names; integers, so their order does not matter."""
+    for name, counts in part.items():
+        totals[name] = totals[name] + counts if name in totals else counts
+
+
+def infer_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> dict[str, Counts]:
+    """Make the CAMs of some images that are not there yet; the summed curve counts of those with a mask.
+
+    The sums are by split, and of the images in `shared.subset` under VAL_SUBSET.
+    """
     dataset, cfg = shared.dataset, shared.cfg
-    results = []
+    totals: dict[str, Counts] = {}
     for split, image_id in items:
         path = shared.folder / "cams" / f"{image_id}.npz"
         loaded = read_cam(path)
@@ -122,15 +136,16 @@ def infer_chunk(shared: Shared, items: Sequence[Item]) -> list[Any]:
             with atomic_write(path) as handle:
                 np.savez(handle, keys=keys, cam=cam)
             loaded = keys, cam
-        counts = None
         if dataset.has_masks(split):
             keys, cam = loaded
             mask = dataset.mask(image_id, split=split)
             counts = curve_counts(
                 cam, keys, mask, thresholds_T=OFFICIAL_THRESHOLDS, num_classes=dataset.num_classes + 1
             )
-        results.append(counts)
-    return results
+            add_counts(totals, {split: counts})
+            if (split, image_id) in shared.subset:
+                add_counts(totals, {VAL_SUBSET: counts})
+    return totals
 
 
 def scaled(image_HW3: Any, scales: Sequence[float]) -> list[Any]:
@@ -166,7 +181,7 @@ def read_cam(path: Path) -> tuple[Any, Any] | None:
         return None
 
 
-def seed_chunk(shared: Shared, items: Sequence[Item]) -> list[Any]:
+def seed_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> None:
     """Write the seeds of some images at the chosen score, and the overlays of the fixed set."""
     for _, image_id in items:
         loaded = read_cam(shared.folder / "cams" / f"{image_id}.npz")
@@ -178,4 +193,3 @@ def seed_chunk(shared: Shared, items: Sequence[Item]) -> list[Any]:
             drawn = overlay(shared.dataset.image(image_id), np.clip(heat, 0, 1))
             with atomic_write(shared.folder / "overlays" / f"{image_id}.png") as handle:
                 Image.fromarray(drawn).save(handle, "PNG")
-    return [None] * len(items)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from ppc.artifacts import Progress, StageDir
 from ppc.config import CrfConfig
 from ppc.crf import PRESETS, refine_seed
@@ -35,11 +37,11 @@ def run(context: StageContext) -> dict[str, Any]:
     ids = list(dict.fromkeys(image_id for _, image_id in images_of(cfg, context.dataset)))
     progress = Progress(context.folder / "progress.json", total=len(ids), unit="image")
     shared = Shared(cfg.crf, context.folder, seeds, context.dataset, score)
-    context.rt.map(refine_chunk, shared, ids, cfg.runtime, progress.update)
+    context.rt.map(refine_chunk, shared, ids, cfg.runtime, lambda done, _: progress.update(done))
     return {"crf_bg_score": score}
 
 
-def refine_chunk(shared: Shared, ids: Sequence[str]) -> list[Any]:
+def refine_chunk(shared: Shared, ids: Sequence[str], device: torch.device) -> None:
     """Write the masks of some images."""
     for image_id in ids:
         path = shared.folder / "masks" / f"{image_id}.png"
@@ -58,4 +60,3 @@ def refine_chunk(shared: Shared, ids: Sequence[str]) -> list[Any]:
             params=PRESETS[shared.cfg.preset],
         )
         palette_png(mask_HW, path)
-    return [None] * len(ids)

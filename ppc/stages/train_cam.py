@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
 from pickle import UnpicklingError
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 
-from ppc.artifacts import StageDir, atomic_write
+from ppc.artifacts import StageDir, atomic_write, read_json, write_json
 from ppc.backbones import Normalisation
 from ppc.config import TrialConfig
 from ppc.data import VocLayout
@@ -38,11 +37,12 @@ def run(context: StageContext) -> dict[str, Any]:
     """Train on the cluster or here; the last checkpoint becomes the weights."""
     cfg, folder, dataset = context.cfg, context.folder, context.dataset
     context.rt.train(worker, Payload(cfg, folder, dataset), cfg.runtime)
-    shutil.rmtree(folder / "checkpoints")  # with what killed writers left there
+    report = read_json(folder / "weights_report.json")
     return {
         "class_names": ["background", *dataset.class_names],
         "counts": {cfg.data.train_split: len(dataset.ids(cfg.data.train_split))},
         "label_source": dataset.label_source,
+        **({} if report is None else {"weights_report": report}),
     }
 
 
@@ -54,11 +54,21 @@ def worker(payload: Payload, device: torch.device) -> None:
         lock.acquire()
     try:
         job, net = make_job(payload.cfg, payload.dataset, device)
+        if rank() == 0:
+            _report_weights(net, folder)
         fit(job, folder, cfg.runtime, device)
         if rank() == 0:
             save_net(net, folder / "weights.pt")
     finally:
         lock.release()
+
+
+def _report_weights(net: CamNet, folder: StageDir) -> None:
+    """Say which pretrained tensors were loaded, here and in the stage's result."""
+    report = net.backbone.report
+    if report is not None:
+        print(report, flush=True)
+        write_json(folder / "weights_report.json", {**asdict(report), "loaded": len(report.loaded)})
 
 
 def make_job(cfg: TrialConfig, dataset: VocLayout, device: torch.device) -> tuple[Job, CamNet]:

@@ -1,0 +1,56 @@
+"""What each trial of a study does now: a table for a terminal, plain lines for a log."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, TrialRow
+from ppc.report import align, duration, is_iou, number, one_line
+
+STATUS_COLUMNS = ("trial", "state", "try", "stage", "progress", "left", "result", "error")
+STYLES = {FINISHED: "green", FAILED: "red", KILLED: "red", INTERRUPTED: "yellow"}
+
+
+def _status_cells(row: TrialRow) -> list[str]:
+    progress, left = "", ""
+    if row.progress:
+        done, total = row.progress.get("done", 0), row.progress.get("total", 0)
+        progress = f"{done}/{total} {row.progress.get('unit', '')}".rstrip()
+        if row.progress.get("epochs"):
+            progress += f", epoch {row.progress.get('epoch', 0)}/{row.progress['epochs']}"
+        left = "" if row.progress.get("left_s") is None else duration(row.progress["left_s"])
+    metrics = (row.result or {"metrics": {}})["metrics"]
+    result = ", ".join(f"{name} {number(value, name)}" for name, value in metrics.items() if is_iou(name))
+    state = f"{row.state.lower()} (reused)" if row.reused else row.state.lower()
+    stage = "" if row.state == FINISHED else row.stage or ""
+    error = one_line(row.error) if row.error else ""
+    return [row.label, state, str(row.attempt or ""), stage, progress, left, result, error]
+
+
+def _used(rows: Sequence[TrialRow]) -> tuple[list[str], list[list[str]]]:
+    """Columns in which some trial has something to say."""
+    lines = [_status_cells(row) for row in rows]
+    keep = [i for i in range(len(STATUS_COLUMNS)) if i < 2 or any(line[i] for line in lines)]
+    return [STATUS_COLUMNS[i] for i in keep], [[line[i] for i in keep] for line in lines]
+
+
+def status_table(rows: Sequence[TrialRow], title: str = "", *, generated: bool) -> Table:
+    """Trials x what they do now, for a terminal; the title says when the data are generated."""
+    heads, lines = _used(rows)
+    table = Table(title=Text(f"{title}{' (generated data)' if generated else ''}".strip()), title_justify="left")
+    for head in heads:
+        table.add_column(head, overflow="fold")
+    for row, line in zip(rows, lines, strict=True):
+        table.add_row(*map(Text, line), style=STYLES.get(row.state))  # Text: brackets in an error are no markup
+    return table
+
+
+def status_lines(rows: Sequence[TrialRow], *, generated: bool) -> list[str]:
+    """The same as plain lines for a log, headings first; each figure says when its data are generated."""
+    heads, lines = _used(rows)
+    if generated:
+        heads = [f"{head} (generated data)" if head == "result" else head for head in heads]
+    return align([heads, *lines])
