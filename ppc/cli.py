@@ -12,6 +12,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ppc.cli_jobs import register
+
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 study_app = typer.Typer(help="Launch, watch and resume studies.", no_args_is_help=True)
 data_app = typer.Typer(help="Make and check datasets.", no_args_is_help=True)
@@ -298,6 +300,9 @@ def schema(
             console.print(str(path), highlight=False, markup=False)
         return
     print(json.dumps(study_schema() if of == "study" else trial_schema(), indent=2))
+
+
+register(app, study_app)
 
 
 def main() -> None:

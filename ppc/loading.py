@@ -246,9 +246,8 @@ TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another 
 def _room(values: dict[str, Any], kept: Kept) -> None:
     """Make the tiny crop and split as large as kept values need; of what is no number, validation tells."""
     for small, large in (("views.target_px", "train.crop_px"), ("train.batch_size", "data.scenes.num_train")):
-        found = [int(value) for value in kept.get(small, ()) if str(value).isdecimal()]
         if large not in kept:
-            values[large] = max([values[large], *found])
+            values[large] = max([values[large], *(int(v) for v in kept.get(small, ()) if str(v).isdecimal())])
 
 
 def tiny(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, keep: Kept | None = None) -> Raw:
@@ -257,12 +256,10 @@ def tiny(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, keep
     `keep`: dotted fields that stay as they are, with the values that they take, for which crop and split are made large
     enough. `extra` (dotted field -> value) has the last word.
     """
-    keep = keep or {}
-    other = get(raw, "data.name", "scenes") != "scenes"
-    values = {**TINY, **(TINY_DATA if other else {})}
+    values = {**TINY, **(TINY_DATA if get(raw, "data.name", "scenes") != "scenes" else {})}
     if get(raw, "views.target_px", 0) is None:
         values.pop("views.target_px")  # a view that is not rescaled stays so
-    _room(values, keep)
+    _room(values, keep := keep or {})
     out = Raw(raw)
     for path, value in values.items():
         out = out if path in keep else place(out, path, value, "--tiny")

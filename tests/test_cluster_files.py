@@ -1,154 +1,46 @@
-"""The files of cluster/: manifests against schemas, scripts against shellcheck and stub commands, all against each other."""
+"""Manifests, launcher files and the image of cluster/: against schemas, and against each other."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import shutil
-import signal
 import subprocess
-import sys
-import time
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
 import kubernetes_validate
 import pytest
+from kube_manifests import (
+    CLUSTER,
+    KUBERNETES,
+    RAY_CLUSTER,
+    RAY_JOB,
+    as_pod,
+    documents,
+    of_kind,
+    pod_specs,
+    problems_of,
+    ray_specs,
+    rendered,
+)
 from ruamel.yaml import YAML
 
 from ppc import __version__
 
 ROOT = Path(__file__).parents[1]
-CLUSTER = ROOT / "cluster"
-KUBERNETES = CLUSTER / "kubernetes"
 IMAGE = f"ppc:{__version__}"
-SCRIPTS = sorted([*CLUSTER.rglob("*.sh"), *CLUSTER.rglob("*.sbatch")])
 YAMLS = sorted(CLUSTER.rglob("*.yaml"))
 OVERLAYS = ["base", "s3", "job", "job-s3"]
 K8S_VERSION = "1.32"
-
-
-def documents(path: Path) -> list[Any]:
-    return [doc for doc in YAML(typ="safe").load_all(path.read_text()) if doc is not None]
 
 
 def pinned(name: str) -> str:
     found = re.search(rf"^{name}==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     assert found is not None
     return found[1]
-
-
-# -- kustomize, as far as our overlays go
-
-
-def apply_patch(target: Any, operations: list[dict[str, Any]]) -> None:
-    """JSON patch (RFC 6902) in place: add, replace, remove."""
-    for op in operations:
-        *way, last = op["path"].strip("/").split("/")
-        place = target
-        for part in way:
-            place = place[int(part)] if isinstance(place, list) else place[part]
-        key: Any = int(last) if isinstance(place, list) else last
-        if op["op"] != "add":
-            place[key]  # noqa: B018  (has to be there)
-        if op["op"] == "remove":
-            del place[key]
-        else:
-            place[key] = op["value"]
-
-
-def rendered(name: str) -> list[dict[str, Any]]:
-    """The manifests that `kubectl apply -k` sends for a folder."""
-    folder = KUBERNETES / name
-    (kustomization,) = documents(folder / "kustomization.yaml")
-    found: list[dict[str, Any]] = []
-    for resource in kustomization["resources"]:
-        path = (folder / resource).resolve()
-        found += rendered(path.name) if path.is_dir() else documents(path)
-    for patch in kustomization.get("patches", []):
-        (target,) = [m for m in found if (m["kind"], m["metadata"]["name"]) == tuple(patch["target"].values())]
-        change = YAML(typ="safe").load(patch["patch"])
-        if isinstance(change, dict):
-            assert change["$patch"] == "delete"
-            found.remove(target)
-        else:
-            apply_patch(target, change)
-    return found
-
-
-def of_kind(manifests: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
-    return [m for m in manifests if m["kind"] == kind]
-
-
-# -- the KubeRay kinds: names of the fields of ray.io/v1 as its API reference lists them (KubeRay 1.5)
-
-POD = {"spec": dict, "metadata": dict}
-WORKER_GROUP = {
-    "groupName": str, "replicas": int, "minReplicas": int, "maxReplicas": int, "idleTimeoutSeconds": int,
-    "rayStartParams": dict, "template": POD, "scaleStrategy": dict, "numOfHosts": int, "suspend": bool,
-    "resources": dict, "labels": dict,
-}  # fmt: skip
-RAY_CLUSTER = {
-    "rayVersion": str, "enableInTreeAutoscaling": bool, "suspend": bool, "managedBy": str, "headServiceAnnotations": dict,
-    "gcsFaultToleranceOptions": dict, "upgradeStrategy": dict, "authOptions": {"mode": str},
-    "autoscalerOptions": {
-        "resources": dict, "image": str, "imagePullPolicy": str, "securityContext": dict, "idleTimeoutSeconds": int,
-        "upscalingMode": str, "version": str, "env": list, "envFrom": list, "volumeMounts": list,
-    },
-    "headGroupSpec": {
-        "template": POD, "headService": dict, "enableIngress": bool, "resources": dict, "labels": dict,
-        "rayStartParams": dict, "serviceType": str,
-    },
-    "workerGroupSpecs": [WORKER_GROUP],
-}  # fmt: skip
-RAY_JOB = {
-    "activeDeadlineSeconds": int, "backoffLimit": int, "rayClusterSpec": RAY_CLUSTER, "submitterPodTemplate": POD,
-    "metadata": dict, "clusterSelector": dict, "submitterConfig": {"backoffLimit": int}, "managedBy": str,
-    "deletionStrategy": dict, "entrypoint": str, "runtimeEnvYAML": str, "jobId": str, "submissionMode": str,
-    "entrypointResources": str, "entrypointNumCpus": (int, float), "entrypointNumGpus": (int, float),
-    "ttlSecondsAfterFinished": int, "shutdownAfterJobFinishes": bool, "suspend": bool, "preRunningDeadlineSeconds": int,
-}  # fmt: skip
-ALLOWED = {
-    "mode": {"disabled", "token"}, "upscalingMode": {"Default", "Aggressive", "Conservative"},
-    "submissionMode": {"K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"},
-    "serviceType": {"ClusterIP", "NodePort", "LoadBalancer"},
-}  # fmt: skip
-
-
-def problems_of(value: Any, shape: Any, path: str) -> list[str]:
-    """Where a manifest differs from a table of field names and types."""
-    if isinstance(shape, list):
-        if not isinstance(value, list):
-            return [f"{path}: not a list"]
-        return [p for i, item in enumerate(value) for p in problems_of(item, shape[0], f"{path}[{i}]")]
-    if isinstance(shape, dict):
-        if not isinstance(value, dict):
-            return [f"{path}: not a mapping"]
-        unknown = [f"{path}.{name}: no such field" for name in value if name not in shape]
-        return unknown + [p for n, v in value.items() if n in shape for p in problems_of(v, shape[n], f"{path}.{n}")]
-    name = path.rpartition(".")[2]
-    if not isinstance(value, shape) or (isinstance(value, bool) and shape is not bool):
-        return [f"{path}: {value!r} is of the wrong type"]
-    return [f"{path}: {value!r}"] if name in ALLOWED and value not in ALLOWED[name] else []
-
-
-def ray_specs(manifest: dict[str, Any]) -> dict[str, Any]:
-    spec: dict[str, Any] = manifest["spec"]
-    return spec["rayClusterSpec"] if manifest["kind"] == "RayJob" else spec
-
-
-def pod_specs(manifest: dict[str, Any]) -> list[dict[str, Any]]:
-    if manifest["kind"] in ("RayCluster", "RayJob"):
-        spec = ray_specs(manifest)
-        return [group["template"]["spec"] for group in (spec["headGroupSpec"], *spec["workerGroupSpecs"])]
-    return [manifest["spec"]["template"]["spec"]] if "template" in manifest.get("spec", {}) else []
-
-
-def as_pod(spec: dict[str, Any]) -> dict[str, Any]:
-    return {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "x"}, "spec": spec}
 
 
 @pytest.mark.parametrize("name", OVERLAYS)
@@ -375,237 +267,3 @@ def test_ray_s_own_checks_accept_the_launcher_files(name: str) -> None:
     assert "--dashboard-host=127.0.0.1" in head and "--autoscaling-config=~/ray_bootstrap_config.yaml" in head
     port = re.search(r"--port=(\d+)", head)
     assert port is not None and f"--address=$RAY_HEAD_IP:{port[1]}" in full["worker_start_ray_commands"][-1]
-
-
-# -- scripts
-
-
-@pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_scripts_pass_shellcheck_and_stop_at_errors(path: Path) -> None:
-    done = subprocess.run([Path(sys.executable).with_name("shellcheck"), path], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "set -euo pipefail" in path.read_text() and os.access(path, os.X_OK)
-    code = [line for line in path.read_text().splitlines() if not line.lstrip().startswith("#")]
-    assert not any("ray stop" in line for line in code)  # it ends every Ray of the machine
-
-
-STUB = """#!/usr/bin/env bash
-# records its arguments, then does what the test told
-{ printf '%s' "${0##*/}"; printf '\\t%s' "$@"; printf '\\n'; } >> "$STUB_LOG"
-"""
-
-
-class Stubs:
-    """Commands of a PATH of our own that write down how they were called."""
-
-    def __init__(self, folder: Path, **bodies: str) -> None:
-        self.log, self.bin, self.out = folder / "calls", folder / "bin", folder / "out"
-        self.bin.mkdir()
-        for name, body in bodies.items():
-            (self.bin / name).write_text(STUB + body + "\n")
-            (self.bin / name).chmod(0o755)
-
-    def env(self, **variables: str) -> dict[str, str]:
-        return {"PATH": f"{self.bin}:/usr/bin:/bin", "STUB_LOG": str(self.log), "HOME": str(self.bin), **variables}
-
-    def start(self, script: Path, *words: str, **variables: str) -> subprocess.Popen[bytes]:
-        with self.out.open("ab") as out:
-            return subprocess.Popen([script, *words], env=self.env(**variables), stdout=out, stderr=out)
-
-    def run(self, script: Path, *words: str, **variables: str) -> int:
-        return self.start(script, *words, **variables).wait(timeout=30)
-
-    def calls(self) -> list[list[str]]:
-        return [line.split("\t") for line in self.log.read_text().splitlines()] if self.log.exists() else []
-
-    @property
-    def said(self) -> str:
-        return self.out.read_text()
-
-
-SLURM = {
-    "SLURM_JOB_ID": "7012",
-    "SLURM_JOB_NODELIST": "gpu[1-3]",
-    "SLURM_CPUS_PER_TASK": "8",
-    "PPC_STORAGE": "/shared/s",
-}
-SBATCH = CLUSTER / "slurm" / "ppc.sbatch"
-
-
-@pytest.fixture
-def slurm(tmp_path: Path) -> Stubs:
-    return Stubs(
-        tmp_path,
-        scontrol='[[ $1 == show ]] && printf "gpu1\\ngpu2\\ngpu3\\n"; exit 0',
-        # a step lasts until it is told to end, as `ray start --block` does
-        srun='trap "echo ended >> $STUB_LOG; exit 0" TERM; for _ in $(seq 300); do sleep 0.1; done',
-        hostname="echo 10.0.0.1 192.168.0.1 fe80::1",
-        python="cat > $STUB_LOG.py",
-        ray="",
-        ppc="exit ${PPC_EXIT:-0}",
-    )
-
-
-def steps(calls: list[list[str]]) -> list[list[str]]:
-    return [call for call in calls if call[0] in ("srun", "python", "ppc")]
-
-
-def option(call: list[str], name: str) -> str:
-    return call[call.index(name) + 1]
-
-
-def test_slurm_starts_the_head_then_workers_that_join_it_then_the_study(slurm: Stubs) -> None:
-    assert slurm.run(SBATCH, "experiments/scenes_k.yaml", "--tiny", **SLURM) == 0, slurm.said
-    calls = slurm.calls()
-    assert calls[0] == ["ray", "get-auth-token", "--generate"]
-    head, first, *workers, both, launch = [c for c in steps(calls) if c != ["ended"]]
-    assert head[0] == "srun" and "--nodelist=gpu1" in head and "--head" in head and "--block" in head
-    address = f"{option(head, '--node-ip-address')}:{option(head, '--port')}"
-    assert address == "10.0.0.1:24024" and option(head, "--dashboard-host") == "127.0.0.1"
-    assert first[:4] == ["python", "-", address, "1"] and both[:4] == ["python", "-", address, "3"]
-    assert sorted(w[4] for w in workers) == ["--nodelist=gpu2", "--nodelist=gpu3"]
-    for worker in workers:
-        assert option(worker, "--address") == address and "--head" not in worker and "--block" in worker
-    for call in (head, *workers):
-        assert "--cpus-per-task=8" in call and option(call, "--num-cpus") == "8"
-    assert launch == [
-        "ppc", "study", "launch", "experiments/scenes_k.yaml", "--tiny", "--address", "auto", "--storage", "/shared/s",
-    ]  # fmt: skip
-    assert not any(call[:2] == ["scontrol", "requeue"] for call in calls)
-    compile((slurm.log.parent / "calls.py").read_text(), "wait_for_nodes", "exec")
-    wait_for(lambda: slurm.calls().count(["ended"]) == 3)  # the cluster goes with the job
-
-
-def wait_for(holds: Any, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def test_slurm_on_one_node_and_with_little_memory(slurm: Stubs) -> None:
-    (slurm.bin / "scontrol").write_text(STUB + "echo gpu1\n")
-    env = {**SLURM, "SLURM_MEM_PER_NODE": "10240", "PPC_HEAD_IP": "10.9.9.9"}
-    assert slurm.run(SBATCH, "a.yaml", **env) == 0
-    (head,) = [call for call in slurm.calls() if call[0] == "srun"]
-    assert option(head, "--object-store-memory") == str(2 << 30) and option(head, "--node-ip-address") == "10.9.9.9"
-
-
-def test_slurm_tells_the_study_to_stop_requeues_it_and_goes_on(slurm: Stubs) -> None:
-    (slurm.bin / "ppc").write_text(
-        STUB + 'trap "echo saved >> $STUB_LOG; exit 1" TERM; for _ in $(seq 300); do sleep 0.1; done\n'
-    )
-    process = slurm.start(SBATCH, "a.yaml", **SLURM)
-    wait_for(lambda: any(call[0] == "ppc" for call in slurm.calls()))
-    time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=20) == 1
-    calls = slurm.calls()
-    assert ["scontrol", "requeue", "7012"] in calls and "back to the queue" in slurm.said
-    assert calls.index(["saved"]) < calls.index(["scontrol", "requeue", "7012"])
-
-    (slurm.bin / "ppc").write_text(STUB)
-    slurm.log.unlink()
-    assert slurm.run(SBATCH, "a.yaml", SLURM_RESTART_COUNT="1", **SLURM) == 0
-    assert "restart 1: the study goes on where it stopped" in slurm.said
-    assert [call for call in slurm.calls() if call[0] == "ppc"] == [
-        ["ppc", "study", "launch", "a.yaml", "--address", "auto", "--storage", "/shared/s"]
-    ]
-
-
-def test_slurm_gives_up_requeueing_at_its_limit_and_never_for_a_failed_trial(slurm: Stubs) -> None:
-    assert slurm.run(SBATCH, "a.yaml", PPC_EXIT="1", **SLURM) == 1
-    assert not any(call[:2] == ["scontrol", "requeue"] for call in slurm.calls())
-    (slurm.bin / "ppc").write_text(STUB + "kill -TERM $PPID; sleep 0.5; exit 1\n")
-    assert slurm.run(SBATCH, "a.yaml", SLURM_RESTART_COUNT="20", **SLURM) == 1
-    assert "after 20 restarts" in slurm.said
-    assert not any(call[:2] == ["scontrol", "requeue"] for call in slurm.calls())
-
-
-@pytest.mark.parametrize("missing", ["SLURM_JOB_ID", "PPC_STORAGE", "file"])
-def test_slurm_says_what_is_missing(slurm: Stubs, missing: str) -> None:
-    env = {name: value for name, value in SLURM.items() if name != missing}
-    assert slurm.run(SBATCH, *([] if missing == "file" else ["a.yaml"]), **env) != 0
-    assert ("usage: sbatch" if missing == "file" else missing) in slurm.said
-    assert not any(call[0] == "srun" for call in slurm.calls())
-
-
-def test_the_local_head_has_a_token_and_its_job_server_on_loopback(tmp_path: Path) -> None:
-    stubs = Stubs(tmp_path, ray='echo "mode $RAY_AUTH_MODE $RAY_USAGE_STATS_ENABLED" >> "$STUB_LOG"')
-    assert stubs.run(CLUSTER / "local" / "start.sh", "--num-gpus", "1", PPC_DASHBOARD_PORT="9000") == 0
-    token, mode, start, again = stubs.calls()
-    assert token == ["ray", "get-auth-token", "--generate"] and mode == again == ["mode token 0"]
-    assert start[:4] == ["ray", "start", "--head", "--block"] and start[-2:] == ["--num-gpus", "1"]
-    assert option(start, "--dashboard-host") == "127.0.0.1" and option(start, "--dashboard-port") == "9000"
-
-
-SECRETS = {
-    "PGPASSWORD": "hunter2hunter2", "MLFLOW_AUTH_ADMIN_PASSWORD": "correct-horse-1", "MLFLOW_FLASK_SERVER_SECRET_KEY": "k" * 32,
-}  # fmt: skip
-SERVE = CLUSTER / "mlflow" / "serve.sh"
-
-
-@pytest.fixture
-def mlflow(tmp_path: Path) -> Stubs:
-    return Stubs(tmp_path, mlflow='env > "$STUB_LOG.env"; cat "$MLFLOW_AUTH_CONFIG_PATH" > "$STUB_LOG.ini"')
-
-
-def test_the_mlflow_server_is_started_with_auth_hosts_and_no_password_in_sight(mlflow: Stubs, tmp_path: Path) -> None:
-    assert mlflow.run(SERVE, str(CLUSTER / "mlflow" / "mlflow.env"), **SECRETS) == 0, mlflow.said
-    (call,) = mlflow.calls()
-    assert call[:4] == ["mlflow", "server", "--app-name", "basic-auth"]
-    assert option(call, "--host") == "127.0.0.1" and option(call, "--workers") == "4"
-    assert "mlflow.example.org" in option(call, "--allowed-hosts").split(",")
-    assert option(call, "--cors-allowed-origins") == "https://mlflow.example.org"
-    env = dict(line.split("=", 1) for line in (tmp_path / "calls.env").read_text().splitlines() if "=" in line)
-    ini = (tmp_path / "calls.ini").read_text()
-    database = "postgresql+psycopg2://mlflow@localhost:5432/mlflow"
-    assert env["MLFLOW_BACKEND_STORE_URI"] == database and f"database_uri = {database}" in ini
-    assert env["MLFLOW_DISABLE_TELEMETRY"] == "true" and env["MLFLOW_SERVER_ENABLE_JOB_EXECUTION"] == "false"
-    assert env["MLFLOW_SQLALCHEMYSTORE_POOL_SIZE"] == env["MLFLOW_SQLALCHEMYSTORE_MAX_OVERFLOW"] == "20"
-    for secret in SECRETS.values():
-        assert secret not in "\t".join(call) and secret not in ini and secret not in mlflow.said
-
-
-@pytest.mark.parametrize("name", [*SECRETS, "PGHOST", "PPC_ARTIFACTS", "PPC_ALLOWED_HOSTS"])
-def test_the_mlflow_server_refuses_to_start_without(mlflow: Stubs, name: str) -> None:
-    env = {**SECRETS, "PGHOST": "db", "PPC_ARTIFACTS": "/a", "PPC_ALLOWED_HOSTS": "x"}
-    env.pop(name)
-    assert mlflow.run(SERVE, **env) == 2
-    assert mlflow.said == f"serve.sh: set {name}\n" and mlflow.calls() == []
-
-
-def test_the_mlflow_server_refuses_secrets_in_files_and_short_passwords(mlflow: Stubs, tmp_path: Path) -> None:
-    (tmp_path / "my.env").write_text("PGHOST=db\nexport PGPASSWORD=hunter2hunter2\n")
-    assert mlflow.run(SERVE, str(tmp_path / "my.env"), **SECRETS) == 2
-    assert "holds PGPASSWORD; secrets belong in the environment" in mlflow.said
-    env = {
-        **SECRETS,
-        "MLFLOW_AUTH_ADMIN_PASSWORD": "short",
-        "PGHOST": "db",
-        "PPC_ARTIFACTS": "/a",
-        "PPC_ALLOWED_HOSTS": "x",
-    }
-    assert mlflow.run(SERVE, **env) == 2 and mlflow.calls() == []
-
-
-def test_kubernetes_secrets_are_random_complete_and_made_once(tmp_path: Path) -> None:
-    stubs = Stubs(tmp_path, kubectl='[[ $* != *"get secret"* ]] || exit ${THERE:-1}; cat >> "$STUB_LOG.yaml"')
-    script = KUBERNETES / "secrets.sh"
-    assert stubs.run(script) == 0, stubs.said
-    assert stubs.run(script, PGPASSWORD="my-own-password") == 0
-    first, second = (
-        YAML(typ="safe").load(part) for part in (tmp_path / "calls.yaml").read_text().split("# Filled")[1:]
-    )
-    for manifest in (first, second):
-        kubernetes_validate.validate(manifest, K8S_VERSION, strict=True)
-        assert all(len(value) >= 12 and "$" not in value for value in manifest["stringData"].values())
-    values = first["stringData"]
-    assert values["MLFLOW_TRACKING_PASSWORD"] == values["MLFLOW_AUTH_ADMIN_PASSWORD"] and len(set(values.values())) == 3
-    assert second["stringData"]["PGPASSWORD"] == "my-own-password" and not set(values.values()) & set(
-        second["stringData"].values()
-    )
-    shown = stubs.said + stubs.log.read_text()
-    assert not any(value in shown for value in values.values())
-    assert stubs.run(script, THERE="0") == 1 and "nothing is changed" in stubs.said
-    assert stubs.run(script, PGPASSWORD='quote"quote"quote') == 2

@@ -16,6 +16,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import pytest
@@ -207,9 +208,16 @@ def test_a_server_that_cannot_be_used_is_said_to_be_so(
 # -- a real head
 
 
+class Head(NamedTuple):
+    """A running head: its job server, and Ray's folder."""
+
+    url: str
+    folder: Path
+
+
 @pytest.fixture(scope="module")
-def head() -> Iterator[str]:
-    """The head of cluster/local/start.sh with a temporary folder of its own; the address of its job server."""
+def running_head() -> Iterator[Head]:
+    """The head of cluster/local/start.sh with a temporary folder of its own."""
     temporary = Path(tempfile.mkdtemp(prefix="ppc-"))  # short: Ray's sockets lie in it
     port = free_port()
     environment = {
@@ -237,7 +245,7 @@ def head() -> Iterator[str]:
                 break
             except OSError:
                 time.sleep(0.5)
-        yield address
+        yield Head(address, temporary)
     finally:
         family = [process, *psutil.Process(process.pid).children(recursive=True)]
         for member in family:
@@ -245,6 +253,12 @@ def head() -> Iterator[str]:
         process.wait()
         psutil.wait_procs(family[1:], timeout=10)
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@pytest.fixture
+def head(running_head: Head) -> str:
+    """The address of a real job server."""
+    return running_head.url
 
 
 @pytest.fixture(autouse=True)
@@ -309,3 +323,16 @@ def test_the_head_answers_questions_with_the_code_that_was_sent(head: str, tmp_p
         status("ppc-jobs-9", head)
     with pytest.raises(ValueError, match="has launched no study absent since it started; pass --storage"):
         resubmit("absent", head)
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize(("wanted", "code", "word"), [(1, 0, "1 node(s) at"), (2, 1, "1 of 2 nodes joined")])
+def test_the_slurm_script_counts_the_nodes_of_a_real_cluster(
+    running_head: Head, wanted: int, code: int, word: str
+) -> None:
+    text = (ROOT / "cluster/slurm/ppc.sbatch").read_text().partition("<<'PYTHON'\n")[2].partition("\nPYTHON\n")[0]
+    address = (running_head.folder / "ray_current_cluster").read_text().strip()
+    command = [sys.executable, "-", address, str(wanted), "3"]
+    environment = {**os.environ, "RAY_AUTH_MODE": "disabled", "RAY_ADDRESS": address}
+    done = subprocess.run(command, input=text, env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode == code and word in done.stdout + done.stderr

@@ -78,8 +78,8 @@ def test_a_killed_launch_is_resumed_and_finished_trials_stay(tmp_path: Path) -> 
         "from ppc.launch import Where, run_study;"
         f"run_study(Storage(Path({str(tmp_path)!r})), 'k', Where(num_cpus=2, max_concurrent=1), Console())"
     )
-    log = (tmp_path / "log").open("w")
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=log, stderr=log)
     deadline = time.monotonic() + 120
     while sum(row.state == FINISHED for row in read_rows(storage, study)) < 1:
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()

@@ -1,0 +1,104 @@
+"""Commands that talk to a cluster's job server. Thin, as `cli.py`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+SetOption = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; repeatable.")]
+JobServerOption = Annotated[
+    str, typer.Option("--address", envvar="PPC_ADDRESS", help="Job server of the cluster: http://HEAD:8265.")
+]
+# a str and not a Path: Path("s3://b/x") is s3:/b/x
+RemoteStorageOption = Annotated[
+    str | None,
+    typer.Option("--storage", envvar="PPC_STORAGE", help="Absolute path or URI that the cluster's nodes see."),
+]
+
+
+def _say_sent(job_id: str, address: str) -> None:
+    print(f"{job_id}\nfollow it: ppc logs {job_id} -f --address {address}")
+
+
+def _follow(job_id: str, address: str) -> int:
+    from ppc.jobs import logs, status
+
+    for text in logs(job_id, address, follow=True):
+        print(text, end="", flush=True)
+    job = status(job_id, address)
+    if job.status != "SUCCEEDED":
+        print(f"{job_id}: {job.status} {job.message.splitlines()[0] if job.message else ''}", file=sys.stderr)
+    return 0 if job.status == "SUCCEEDED" else 1
+
+
+def submit(
+    file: Annotated[Path, typer.Argument(help="YAML file of a study.")],
+    address: JobServerOption,
+    storage: RemoteStorageOption = None,
+    sets: SetOption = [],  # noqa: B006
+    tiny: Annotated[bool, typer.Option("--tiny", help="Shrink to seconds.")] = False,
+    max_concurrent: Annotated[int | None, typer.Option(help="Trials at a time.")] = None,
+    tracking: Annotated[str | None, typer.Option(help="MLflow URI, or `none`.")] = None,
+    variables: Annotated[list[str], typer.Option("--env", metavar="NAME=VALUE", help="Variable of the job.")] = [],  # noqa: B006
+    working_dir: Annotated[Path | None, typer.Option(help="Folder to pack beside the experiment's files.")] = None,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Print the job's log until it ends.")] = False,
+) -> None:
+    """Send a study to a cluster as a Ray job and print the job's id."""
+    from ppc import jobs
+    from ppc.launch import code_version
+    from ppc.pack import LaunchOptions
+
+    if storage is None:
+        raise ValueError("pass --storage with an absolute path or a URI that all nodes of the cluster see")
+    if bad := [item for item in variables if "=" not in item]:
+        raise ValueError(f"--env {bad[0]}: expected NAME=VALUE")
+    options = LaunchOptions(
+        sets,
+        tiny,
+        max_concurrent,
+        tracking,
+        dict(item.split("=", 1) for item in variables),
+        working_dir,
+        code_version(),
+    )
+    job_id = jobs.submit(file, address, storage=storage, options=options)
+    _say_sent(job_id, address)
+    if follow:
+        raise typer.Exit(_follow(job_id, address))
+
+
+def logs(
+    job_id: Annotated[str, typer.Argument(metavar="ID")],
+    address: JobServerOption,
+    follow: Annotated[
+        bool, typer.Option("-f", "--follow", help="Until the job ends; exit code 1 if it failed.")
+    ] = False,
+) -> None:
+    """Print what a submitted study prints."""
+    from ppc.jobs import logs as job_logs
+
+    if follow:
+        raise typer.Exit(_follow(job_id, address))
+    for text in job_logs(job_id, address):
+        print(text, end="")
+
+
+def study_stop(name: str, address: JobServerOption) -> None:
+    """Stop a submitted study: trials save what they have, and `resume` takes them up."""
+    from ppc.jobs import find_jobs, stop
+
+    running = [job for job in find_jobs(address, name) if not job.ended]
+    for job in running:
+        print(f"{job.id}: {stop(job.id, address).status}")
+    if not running:
+        print(f"no job of {name} runs at {address}")
+
+
+def register(app: typer.Typer, study_app: typer.Typer) -> None:
+    """Add the commands to the command line."""
+    app.command()(submit)
+    app.command()(logs)
+    study_app.command("stop")(study_stop)
