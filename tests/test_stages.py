@@ -19,6 +19,7 @@ from ppc.backbones import NORMALISATIONS
 from ppc.cam import seed_from_cam
 from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_seed
+from ppc.data.labels import read_label_file
 from ppc.figures import read_palette_png
 from ppc.methods import METHODS, build_net
 from ppc.metrics import OFFICIAL_THRESHOLDS, curve_counts
@@ -305,7 +306,7 @@ def test_a_split_without_masks_gets_masks_and_no_score(storage: Storage, scenes:
 
 def test_images_without_any_class_are_background(storage: Storage, scenes: Path, tmp_path: Path) -> None:
     root = voc_copy(scenes, tmp_path / "voc")
-    labels = np.load(root / "cls_labels.npy", allow_pickle=True).item()
+    labels = read_label_file(root / "cls_labels.npy", 3)
     empty = ["train_00000", "train_00004"]
     for image_id in empty:
         labels[image_id] = np.zeros(3, np.float32)

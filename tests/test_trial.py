@@ -20,6 +20,7 @@ from tiny_run import scenes_root, tiny_config
 import ppc.trial
 from ppc.artifacts import Storage, read_json
 from ppc.config import RuntimeConfig, TrialConfig
+from ppc.data.labels import read_label_file
 from ppc.ledger import alive
 from ppc.methods import build_net
 from ppc.runtime import LocalRuntime, MapFunction
@@ -219,7 +220,7 @@ def test_a_dataset_is_known_by_its_contents_wherever_it_lies(scenes: Path, stora
 
 
 def relabel(root: Path, image_id: str) -> None:
-    labels = np.load(root / "cls_labels.npy", allow_pickle=True).item()
+    labels = read_label_file(root / "cls_labels.npy", 3)
     labels[image_id] = 1 - labels[image_id]
     np.save(root / "cls_labels.npy", np.array(labels, dtype=object))
 
