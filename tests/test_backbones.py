@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from conftest import golden
 from torch import nn
 
 from ppc.backbones import (
@@ -215,3 +216,9 @@ def test_user_mistakes_are_named() -> None:
         build_backbone("tiny", output_stride=8, weights=None, normalisation="imagnet", seed=0)
     with pytest.raises(ValueError, match=r"backbone\.weights: there is no file nowhere\.pth"):
         build_backbone("tiny", output_stride=8, weights="nowhere.pth", normalisation="auto", seed=0)
+
+
+def test_normalisation_is_that_of_the_official_code() -> None:
+    stored = golden("augment_50x36")
+    normalised_HW3 = NORMALISATIONS["imagenet"].apply(stored["image"]).permute(1, 2, 0)
+    assert torch.allclose(normalised_HW3, torch.from_numpy(stored["normalised"]).float(), rtol=1e-5, atol=1e-6)
