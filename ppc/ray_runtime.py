@@ -8,9 +8,12 @@ results in the stage's own folder on storage, so that Ray's own files are never 
 from __future__ import annotations
 
 import os
+import signal
+import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +74,8 @@ class RayRuntime:
             ),
         )
         try:
-            trainer.fit()
+            with _own_interrupts():
+                trainer.fit()
         except WorkerGroupError as error:
             raise next(iter(error.worker_failures.values())) from error
         except TrainingFailedError as error:
@@ -105,6 +109,19 @@ class RayRuntime:
         finally:
             for ref in sizes:
                 ray.cancel(ref, force=False)
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Give SIGINT back its handler afterwards: Ray Train leaves its own, which aborts a run that has long ended."""
+    if threading.current_thread() is not threading.main_thread():  # where Tune runs a trial nothing is installed
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _train_task(worker: TrainWorker, payload: Any, cpus: float) -> None:

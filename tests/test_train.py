@@ -20,7 +20,7 @@ from ppc.artifacts import StageDir, read_json
 from ppc.config import RuntimeConfig, TrialConfig
 from ppc.methods import METHODS, Losses
 from ppc.prototypes import Workers
-from ppc.runtime import LocalRuntime
+from ppc.runtime import LocalRuntime, prepare_process
 from ppc.stages.train_cam import Payload, make_job, worker
 from ppc.train import Job, checkpoints, fit, gather, rank, sum_over_workers, world_size
 
@@ -166,6 +166,7 @@ def stopped_at(job: Job, at: int, *, kill: bool = False) -> Job:
 
 
 def train_until(cfg: TrialConfig, folder: StageDir, at: int, *, kill: bool = False) -> None:
+    prepare_process(1)  # as every runtime does: with another number of threads sums are split in other ways
     job, _ = make_job(cfg, layout(Path(str(cfg.data.root))), CPU)
     fit(stopped_at(job, at, kill=kill), folder, cfg.runtime, CPU)
 
