@@ -209,7 +209,7 @@ class CrfConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """How a trial is run. Never part of a key: the numbers do not depend on it."""
+    """How a trial is run. Never part of a key: numbers depend on it to rounding alone."""
 
     workers: int = Field(1, ge=1, description="training processes of a trial")
     cpus_per_worker: float = Field(1, gt=0)
