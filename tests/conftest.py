@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A shell starts what it puts in the background with SIGINT ignored, and so may whoever runs these tests: then no
+    test, and no process that one starts, could be interrupted."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

@@ -86,7 +86,9 @@ def slurm(tmp_path: Path) -> Stubs:
         ray="",
         ppc="exit ${PPC_EXIT:-0}",
     )
-    stubs.put("python", "cat > $STUB_LOG.py", first="sleep 0.3")  # steps start in the background: let them write first
+    # called to wait for so many nodes; steps start in the background, so their calls are written down by then
+    joined = 'for _ in $(seq 200); do (($(grep -c ^srun "$STUB_LOG") >= $3)) && break; sleep 0.05; done'
+    stubs.put("python", "cat > $STUB_LOG.py", first=joined)
     return stubs
 
 
