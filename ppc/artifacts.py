@@ -1,27 +1,35 @@
-"""Every path on storage, and the rules by which files there can be trusted.
+"""Every name on storage, and the rules by which files there can be trusted.
 
 One root holds everything of a project. A file that decides something (`manifest.json`, `result.json`, `state.json`,
-`study.json`) is written under another name and renamed, so it is there whole or not at all. A stage's manifest is
+`study.json`) is written by `atomic_write`, so it is there whole or not at all. A stage's manifest is
 written last: a stage without one is not done, whatever else lies in its folder.
 """
 
 from __future__ import annotations
 
-import errno
 import json
 import math
-import os
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
-from filelock import FileLock, Timeout
+from ppc.places import (
+    StoragePath,
+    atomic_write,
+    local_folder,
+    locked,
+    names_in,
+    open_appender,
+    pause_s,
+    read_bytes,
+    read_from,
+    remove_tree,
+    storage_path,
+)
 
 KEY_LENGTH = 20  # hex digits of a sha256: 80 bits
 
@@ -46,38 +54,17 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-@contextmanager
-def atomic_write(path: Path, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
-    """Open a file that appears under its name only when the block ends without an error.
-
-    It outlives a power cut too, unless it is not `durable`.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, mode) as handle:
-            yield handle
-            if durable:
-                handle.flush()
-                os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-
-
-def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
+def write_json(path: StoragePath, value: Any, *, durable: bool = True) -> None:
     """Write plain data atomically; NaN and infinity are refused (ValueError)."""
     text = json.dumps(value, indent=1, allow_nan=False)
     with atomic_write(path, "w", durable=durable) as handle:
         handle.write(text + "\n")
 
 
-def read_json(path: Path) -> Any | None:
+def read_json(path: StoragePath) -> Any | None:
     """Plain data of a file, or None when the file is missing, empty or truncated."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(read_bytes(path))
     except (FileNotFoundError, NotADirectoryError, json.JSONDecodeError, UnicodeDecodeError):
         return None
 
@@ -90,17 +77,13 @@ class Journal:
     that are no points: they are passed over, by readers too.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: StoragePath) -> None:
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        whole, size = _whole_lines(path)
-        if size > len(whole):  # a torn last line of a killed writer
-            with path.open("r+b") as handle:
-                handle.truncate(len(whole))
+        whole = _whole_lines(read_from(path, 0))  # without a torn last line of a killed writer
         points = _points(whole)
         self.damaged = whole.count(b"\n") - len(points)
         self.last_step = max((point["step"] for point in points), default=-1)
-        self._handle = path.open("ab", buffering=0)
+        self._file = open_appender(path, whole)
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
         """Append one point unless its step is already there. A value that is not finite is a ValueError.
@@ -115,31 +98,20 @@ class Journal:
         if step <= self.last_step:
             return
         point = {"t": now_ms(), "step": step, "m": dict(metrics)}
-        self._append((json.dumps(point, separators=(",", ":")) + "\n").encode())
+        self._file.append((json.dumps(point, separators=(",", ":")) + "\n").encode())
         self.last_step = step
 
-    def _append(self, line: bytes) -> None:
-        size = self._handle.seek(0, os.SEEK_END)
-        try:
-            written = self._handle.write(line)
-        except OSError as error:
-            raise OSError(error.errno, f"point not written: {error.strerror}", str(self.path)) from error
-        if written != len(line):  # a disk that is nearly full takes a part
-            self._handle.truncate(size)
-            raise OSError(errno.ENOSPC, "point not written, is the disk full?", str(self.path))
+    def flush(self) -> None:
+        """Return when all points can be read by others: what a checkpoint counts on must be there before it."""
+        self._file.flush()
 
     def close(self) -> None:
         """Close the file."""
-        self._handle.close()
+        self._file.close()
 
 
-def _whole_lines(path: Path, offset: int = 0) -> tuple[bytes, int]:
-    if not path.exists():
-        return b"", 0
-    with path.open("rb") as handle:
-        handle.seek(offset)
-        data = handle.read()
-    return data[: data.rfind(b"\n") + 1], len(data)
+def _whole_lines(data: bytes) -> bytes:
+    return data[: data.rfind(b"\n") + 1]
 
 
 def _points(data: bytes) -> list[dict[str, Any]]:
@@ -153,27 +125,27 @@ def _points(data: bytes) -> list[dict[str, Any]]:
     return points
 
 
-def read_journal(path: Path, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+def read_journal(path: StoragePath, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
     """Points of a journal from a byte offset, and the offset to go on from. A torn last line is left for later.
 
     ValueError for an offset in the middle of a line: the journal is not the one that was read before.
     """
-    if offset and path.exists():
-        with path.open("rb") as handle:
-            handle.seek(offset - 1)
-            if handle.read(1) not in (b"", b"\n"):
-                raise ValueError(f"{path}: byte {offset} is in the middle of a line; read it from the start")
-    data, _ = _whole_lines(path, offset)
+    data = read_from(path, max(0, offset - 1))
+    if offset and data:
+        if data[:1] != b"\n":
+            raise ValueError(f"{path}: byte {offset} is in the middle of a line; read it from the start")
+        data = data[1:]
+    data = _whole_lines(data)
     return _points(data), offset + len(data)
 
 
 class Progress:
-    """How far a stage has come, in `progress.json`; written at most twice a second.
+    """How far a stage has come, in `progress.json`; written at most twice a second, less often to an object store.
 
     `spent_s` is the time at work from the making of this object, on top of that of earlier attempts.
     """
 
-    def __init__(self, path: Path, *, total: int, unit: str) -> None:
+    def __init__(self, path: StoragePath, *, total: int, unit: str) -> None:
         self.path, self.total, self.unit = path, total, unit
         self._before_s = spent_s(path) or 0.0
         self._started = time.monotonic()
@@ -184,7 +156,7 @@ class Progress:
         """Say that `done` of `total` units are ready. A disk that is full does not end the work."""
         if self._first is None:
             self._first = done
-        if done < self.total and time.monotonic() - self._written < 0.5:
+        if done < self.total and time.monotonic() - self._written < pause_s(self.path):
             return
         self._written = time.monotonic()
         now_s = time.monotonic() - self._started
@@ -198,7 +170,7 @@ class Progress:
             write_json(self.path, value, durable=False)
 
 
-def spent_s(path: Path) -> float | None:
+def spent_s(path: StoragePath) -> float | None:
     """Seconds at work, over all attempts, of a `progress.json`; None when it is not there."""
     progress = read_json(path)
     return progress.get("spent_s") if isinstance(progress, dict) else None
@@ -208,11 +180,11 @@ def spent_s(path: Path) -> float | None:
 class StageDir:
     """The folder of one stage result, shared by all trials whose stage key is the same."""
 
-    path: Path
+    path: StoragePath
     stage: str
     key: str
 
-    def __truediv__(self, name: str) -> Path:
+    def __truediv__(self, name: str) -> StoragePath:
         return self.path / name
 
     def manifest(self) -> dict[str, Any] | None:
@@ -235,34 +207,21 @@ class StageDir:
             "wall_s": wall_s if spent is None else spent, "finished_ms": now_ms(),
         }  # fmt: skip
         write_json(self.path / "manifest.json", manifest)
-        shutil.rmtree(self.path / "checkpoints", ignore_errors=True)  # with what killed writers left there
+        remove_tree(self.path / "checkpoints")  # with what killed writers left there
         return manifest
 
     @contextmanager
     def lock(self, waiting: Callable[[], None] = lambda: None, poll_s: float = 1.0) -> Iterator[None]:
-        """Hold the stage: a second trial that needs it waits here and then finds it done.
-
-        The kernel drops the lock when its holder dies, so it is never stale.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(str(self.path / ".lock"))
-        while True:
-            try:
-                lock.acquire(timeout=poll_s)
-                break
-            except Timeout:
-                waiting()
-        try:
+        """Hold the stage: a second trial that needs it waits here and then finds it done."""
+        with locked(self.path / ".lock", waiting=waiting, poll_s=poll_s):
             yield
-        finally:
-            lock.release()
 
 
 @dataclass(frozen=True)
 class TrialDir:
     """The folder of one trial: its config, state, result, and the error of its last attempt."""
 
-    path: Path
+    path: StoragePath
     key: str
 
     def state(self) -> dict[str, Any]:
@@ -289,7 +248,7 @@ class TrialDir:
 class StudyDir:
     """The folder of one study."""
 
-    path: Path
+    path: StoragePath
     name: str
 
     def definition(self) -> dict[str, Any]:
@@ -300,25 +259,33 @@ class StudyDir:
         return study
 
     def _others(self) -> str:
-        if not self.path.parent.exists():
-            return "none"
-        return ", ".join(sorted(p.name for p in self.path.parent.iterdir() if (p / "study.json").exists())) or "none"
+        folder = self.path.parent
+        return ", ".join(name for name in names_in(folder) if (folder / name / "study.json").exists()) or "none"
 
-    def new_launch(self) -> Path:
+    def new_launch(self) -> StoragePath:
         """A fresh folder for the scheduler's own files; nothing is ever read back from it."""
         launches = self.path / "launches"
-        launches.mkdir(parents=True, exist_ok=True)
-        numbers = [int(p.name) for p in launches.iterdir() if p.name.isdigit()]
+        numbers = [int(name) for name in names_in(launches) if name.isdigit()]
         path = launches / f"{max(numbers, default=0) + 1:03d}"
-        path.mkdir()
+        write_json(path / "launch.json", {"started_ms": now_ms()})  # an object store has no empty folders
         return path
 
 
 @dataclass(frozen=True)
 class Storage:
-    """The root under which everything lies."""
+    """The root under which everything lies: a folder, or a prefix of an object store."""
 
-    root: Path
+    root: StoragePath
+
+    @classmethod
+    def at(cls, uri: str | Path) -> Storage:
+        """The storage that a user named. ValueError for what is no folder and no s3 URI."""
+        return cls(storage_path(uri))
+
+    @property
+    def here(self) -> Path:
+        """Folder of this machine for what can be made again; the root itself when that is a folder."""
+        return local_folder(self.root)
 
     def study(self, name: str) -> StudyDir:
         """Folder of a study."""
@@ -333,8 +300,8 @@ class Storage:
         return StageDir(self.root / "stages" / stage / key, stage, key)
 
     def dataset(self, name: str) -> Path:
-        """Folder of a generated dataset."""
-        return self.root / "data" / name
+        """Folder of a generated dataset: on every node that needs it when the storage is an object store."""
+        return self.here / "data" / name
 
     def check_writable(self) -> None:
         """ValueError when nothing can be written here."""
@@ -343,4 +310,4 @@ class Storage:
                 handle.write("ok")
             (self.root / ".probe").unlink(missing_ok=True)
         except OSError as error:
-            raise ValueError(f"storage {self.root} cannot be written: {error}; pass --storage FOLDER") from error
+            raise ValueError(f"storage {self.root} cannot be written: {error}; pass --storage PLACE") from error

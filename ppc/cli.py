@@ -21,8 +21,10 @@ app.add_typer(study_app, name="study")
 app.add_typer(data_app, name="data")
 console = Console()
 
+# a str and not a Path: Path("s3://b/x") is s3:/b/x
 StorageOption = Annotated[
-    Path, typer.Option("--storage", envvar="PPC_STORAGE", help="Folder that holds everything of a project.")
+    str,
+    typer.Option("--storage", envvar="PPC_STORAGE", help="Folder or s3://bucket/prefix that holds all of a project."),
 ]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; repeatable.")]
 TinyOption = Annotated[bool, typer.Option("--tiny", help="Shrink to seconds: generated images, one epoch.")]
@@ -33,13 +35,13 @@ ConcurrentOption = Annotated[int | None, typer.Option(help="Trials at a time. De
 TrackingOption = Annotated[
     str | None, typer.Option(help="MLflow URI, or `none`. Default: MLFLOW_TRACKING_URI, else SQLite in the storage.")
 ]
-DEFAULT_STORAGE = Path("ppc-storage")
+DEFAULT_STORAGE = "ppc-storage"
 
 
-def _storage(path: Path) -> Any:
+def _storage(place: str) -> Any:
     from ppc.artifacts import Storage
 
-    return Storage(path.expanduser().resolve())
+    return Storage.at(place)
 
 
 def _run_defined(definition: dict[str, Any], storage: Any, where: Any) -> None:

@@ -40,7 +40,7 @@ def examine(storage: Storage) -> list[Finding]:
     findings.append(Finding(True, f"{os.cpu_count()} CPUs, {memory_gb:.0f} GB memory"))
     try:
         storage.check_writable()
-        free_gb = shutil.disk_usage(storage.root).free / 1e9
+        free_gb = shutil.disk_usage(storage.here).free / 1e9
         enough = free_gb >= MIN_FREE_GB
         findings.append(Finding(enough, f"storage {storage.root}: {free_gb:.0f} GB free", optional=True))
     except ValueError as error:

@@ -6,14 +6,14 @@ H W pixels, 3 RGB; images are uint8, CAMs in [0, 1].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 
-from ppc.artifacts import atomic_write
+from ppc.places import StoragePath, atomic_write, read_bytes
 
 Array = npt.NDArray[Any]
 IGNORE = 255
@@ -61,7 +61,7 @@ def overlay(image_HW3: Array, cam_HW: Array, *, strength: float = 0.75) -> Array
     return np.clip(np.rint(mixed_HW3), 0, 255).astype(np.uint8)
 
 
-def palette_png(label_HW: Array, path: Path) -> None:
+def palette_png(label_HW: Array, path: StoragePath) -> None:
     """Write a label map as a palette PNG (atomically): indices are the labels, 255 is the rim.
 
     ValueError for labels outside 0..255.
@@ -77,9 +77,9 @@ def palette_png(label_HW: Array, path: Path) -> None:
         image.save(handle, format="PNG")
 
 
-def read_palette_png(path: Path) -> Array:
+def read_palette_png(path: StoragePath) -> Array:
     """Labels of a palette or greyscale PNG, (H, W) uint8; ValueError for a colour image, whose labels are lost."""
-    with Image.open(path) as image:
+    with Image.open(BytesIO(read_bytes(path))) as image:
         if image.mode not in ("P", "L"):
             raise ValueError(f"{path}: a label map has mode P or L, this is {image.mode}; write it with palette_png")
         return np.array(image, dtype=np.uint8)

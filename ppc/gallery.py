@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from ppc.artifacts import Storage, atomic_write
+from ppc.artifacts import Storage
 from ppc.config import TrialConfig
 from ppc.figures import contact_row, overlay, read_palette_png
 from ppc.ledger import FINISHED, TrialRow
+from ppc.places import atomic_write
 from ppc.stages.make_seeds import read_cam
 from ppc.trial import open_data
 
@@ -31,7 +32,7 @@ def pick_row(rows: Sequence[TrialRow], variant: str | None, seed: int | None) ->
 def gallery(storage: Storage, row: TrialRow, image_ids: Sequence[str] = ()) -> Picture:
     """A row of pictures for each image, (H, W, 3) uint8. Without ids: the fixed set that has overlays."""
     cfg = TrialConfig.model_validate(row.config)
-    dataset = open_data(cfg.data)
+    dataset = open_data(cfg.data, storage)
     keys = {stage["name"]: stage["key"] for stage in row.stages}
     seeds = storage.stage("make_seeds", keys["make_seeds"])
     split = cfg.seeds.splits[0]

@@ -9,14 +9,14 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
 from rich.console import Console
 
 from ppc import __version__
@@ -24,12 +24,13 @@ from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
 from ppc.config import StudyConfig, TrialConfig
 from ppc.ledger import FINISHED, KILLED, RUNNING, TrialRow, counts, missing, read_rows
 from ppc.live import LiveStatus
+from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
 from ppc.report import build_report, print_report, write_report
 from ppc.runtime import LocalRuntime
 from ppc.study import TrialSpec
 from ppc.sync_loop import SyncLoop
 from ppc.tracking import make_tracker
-from ppc.trial import Planner, nearest, run_trial
+from ppc.trial import Planner, data_name, nearest, run_trial
 
 FORMAT = 1
 SETTLE_S = 20.0
@@ -86,7 +87,8 @@ def define(
             text = f"metric: these stages and splits give no {metric!r}{nearest(metric, plan.metrics)}"
             problems.setdefault(text, []).append(spec.variant)
         section = plan.config.data
-        data[section.root] = {"name": section.name, "root": section.root, "generated": section.name == "scenes"}
+        place = data_name(section)
+        data[place] = {"name": section.name, "root": place, "generated": section.name == "scenes"}
         trials.append(
             {
                 "key": plan.key, "variant": spec.variant, "variant_key": plan.variant_key, "seed": spec.seed,
@@ -98,7 +100,7 @@ def define(
         first = firsts.setdefault(plan.key, spec.variant)
         if first != spec.variant:
             trials[-1]["same_as"] = first
-        data[section.root]["fingerprint"] = plan.fingerprint
+        data[place]["fingerprint"] = plan.fingerprint
     if problems:
         everywhere = {spec.variant for spec in specs}
         raise ValueError(
@@ -144,23 +146,25 @@ def check_current(storage: Storage, rows: list[TrialRow]) -> None:
 
 @contextmanager
 def launch_lock(folder: StudyDir) -> Iterator[None]:
-    """One launch of a study at a time; the kernel drops the lock when its holder dies."""
-    folder.path.mkdir(parents=True, exist_ok=True)
-    lock, holder = FileLock(str(folder.path / ".launch.lock")), folder.path / "launch-holder.json"
-    try:
-        lock.acquire(timeout=0)
-    except Timeout as error:
-        who = read_json(holder) or {}
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("since_ms", 0) / 1000))
-        raise ValueError(
-            f"study {folder.name} is being run by pid {who.get('pid', '?')} on {who.get('host', '?')} since {since}; "
-            f"watch it with: ppc study status {folder.name} --watch"
-        ) from error
-    try:
+    """One launch of a study at a time. The lock of a dead launch is free at once in a file system, and within `STALE_S`
+    in an object store, for which this waits."""
+    holder = folder.path / "launch-holder.json"
+    with ExitStack() as stack:
+        try:
+            timeout_s = STALE_S + 5.0 if is_remote(folder.path) else 0.0
+            stack.enter_context(locked(folder.path / ".launch.lock", timeout_s=timeout_s))
+        except LockedError as error:
+            raise _held(folder.name, read_json(holder) or {}) from error
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since_ms": now_ms()})
         yield
-    finally:
-        lock.release()
+
+
+def _held(name: str, who: dict[str, Any]) -> ValueError:
+    since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("since_ms", 0) / 1000))
+    return ValueError(
+        f"study {name} is being run by pid {who.get('pid', '?')} on {who.get('host', '?')} since {since}; "
+        f"watch it with: ppc study status {name} --watch"
+    )
 
 
 def run_study(
@@ -174,7 +178,7 @@ def run_study(
     folder = storage.study(name)
     if definition is None:
         folder.definition()  # before the lock makes a folder of that name
-    with launch_lock(folder):
+    with _interruptible(), launch_lock(folder):
         left_out = save(definition, storage) if definition else 0
         study = folder.definition()
         todo = missing(_settled(storage, study))
@@ -184,8 +188,11 @@ def run_study(
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
         with SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
             if todo:
-                with _sigterm_interrupts(), LiveStatus(storage, study, console):
-                    _run(todo, storage, study, launch_dir, where)
+                with LiveStatus(storage, study, console):
+                    try:
+                        _run(todo, storage, study, launch_dir, where)
+                    except KeyboardInterrupt:
+                        print("interrupted: trials stop; what they finished stays", flush=True)
                 _mark_killed(storage, todo)
             report = build_report(storage, name)
             files = write_report(report, folder.path / "report")
@@ -210,7 +217,7 @@ def _settled(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
         time.sleep(0.2)
 
 
-def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_dir: Path, where: Where) -> None:
+def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_dir: StoragePath, where: Where) -> None:
     if not where.local:
         from ppc.ray_study import cluster, run_rows  # ray is not needed for a local run
 
@@ -232,19 +239,22 @@ def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_d
 
 
 @contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the launch as Ctrl-C does: trials are marked, the table is printed, nothing is lost."""
-
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
+def _interruptible() -> Iterator[None]:
+    """SIGTERM does what Ctrl-C does, and SIGINT works even where the launch was started with SIGINT ignored, as a shell
+    does with what it puts in the background: Ray's job stop sends that one. Afterwards all handlers are as before:
+    Tune leaves its own."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    if before[signal.SIGINT] is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     try:
         yield
-    except KeyboardInterrupt:
-        print("interrupted: trials stop; what they finished stays", flush=True)
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _mark_killed(storage: Storage, rows: list[TrialRow]) -> None:
@@ -278,7 +288,12 @@ def _say_plan(
 
 
 def _say_end(
-    console: Console, storage: Storage, study: dict[str, Any], rows: list[TrialRow], loop: SyncLoop, files: list[Path]
+    console: Console,
+    storage: Storage,
+    study: dict[str, Any],
+    rows: list[TrialRow],
+    loop: SyncLoop,
+    files: list[StoragePath],
 ) -> None:
     for row in rows:
         if row.error:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from ppc.artifacts import Storage, now_ms
 from ppc.ledger import FAILED, FINISHED, RUNNING, TrialRow, counts, read_rows
+from ppc.places import pause_s
 from ppc.report import generated
 from ppc.status import status_lines, status_table
 
@@ -48,6 +49,7 @@ class LiveStatus:
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._show, daemon=True)
         self._start = time.monotonic()
+        self._refresh_s = max(REFRESH_S, pause_s(storage.root))
 
     def _headline(self, rows: list[TrialRow]) -> str:
         spent_s = time.monotonic() - self._start
@@ -62,13 +64,13 @@ class LiveStatus:
     def _show(self) -> None:
         if self._console.is_terminal:
             with Live(console=self._console, auto_refresh=False) as live:
-                while not self._stop.wait(REFRESH_S):
+                while not self._stop.wait(self._refresh_s):
                     rows = read_rows(self._storage, self._study)
                     live.update(self._table(rows), refresh=True)
             return
         last = 0.0
         said: dict[str, str] = {}
-        while not self._stop.wait(REFRESH_S):
+        while not self._stop.wait(self._refresh_s):
             rows = read_rows(self._storage, self._study)
             states = {row.key: row.state for row in rows}
             if states != said or time.monotonic() - last > PLAIN_EVERY_S:

@@ -32,7 +32,7 @@ class TrackingError(Exception):
 
 def default_uri(storage: Storage) -> str:
     """A SQLite file of the storage, by its absolute path: the current folder never matters."""
-    return f"sqlite:///{storage.root.resolve() / 'mlflow' / 'mlflow.db'}"
+    return f"sqlite:///{storage.here / 'mlflow' / 'mlflow.db'}"
 
 
 def check_uri(uri: str) -> str:
@@ -112,7 +112,7 @@ def probe(uri: str, timeout_s: float = 3.0) -> None:
 
 def ui_command(storage: Storage, host: str, port: int) -> tuple[list[str], dict[str, str]]:
     """Command line of the embedded server for a storage, and what it adds to the environment."""
-    folder = storage.root.resolve() / "mlflow"
+    folder = storage.here / "mlflow"
     command = [
         sys.executable, "-m", "mlflow", "server",
         "--backend-store-uri", default_uri(storage), "--artifacts-destination", str(folder / "artifacts"),
@@ -168,7 +168,7 @@ def start_ui(storage: Storage, host: str = "127.0.0.1", port: int = 5000, *, wai
         except OSError as error:
             raise ValueError(f"{host}:{port} cannot be used: {error.strerror}; choose another with --port") from error
     command, extra = ui_command(storage, host, port)
-    log = storage.root.resolve() / "mlflow" / "server.log"
+    log = storage.here / "mlflow" / "server.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as handle:
         process = subprocess.Popen(command, env={**os.environ, **extra}, stdout=handle, stderr=handle, cwd=log.parent)

@@ -20,6 +20,7 @@ from typing import Any
 import ray
 
 from ppc.config import RuntimeConfig
+from ppc.places import StoragePath
 from ppc.runtime import MapFunction, TrainWorker, chunks, first_raise, prepare_process, raise_file, record_raise
 
 # A trial's placement group captures what its driver starts; DEFAULT lets it go anywhere in the cluster.
@@ -29,7 +30,7 @@ ANYWHERE = {"scheduling_strategy": "DEFAULT"}
 class RayRuntime:
     """Runs a trial's work on the cluster that this process is connected to."""
 
-    def __init__(self, scratch: str) -> None:
+    def __init__(self, scratch: StoragePath) -> None:
         self.scratch = scratch  # folder for Ray Train's own files
 
     def train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
@@ -57,8 +58,7 @@ class RayRuntime:
         if cfg.gpus_per_worker:
             resources["GPU"] = cfg.gpus_per_worker
         name = uuid.uuid4().hex  # never the name of an earlier run: Train would resume from its own snapshot
-        raised = Path(self.scratch) / f"{name}-raised"
-        raised.mkdir(parents=True)
+        raised = self.scratch / f"{name}-raised"
         trainer = TorchTrainer(
             _train_loop,
             train_loop_config={"worker": worker, "payload": payload, "cpus": cfg.cpus_per_worker, "raised": raised},
@@ -68,7 +68,7 @@ class RayRuntime:
             torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker >= 1 else "gloo", timeout_s=300),
             run_config=RunConfig(
                 name=name,
-                storage_path=self.scratch,
+                **ray_storage(self.scratch),
                 # A controller that fails for ever would hang the grid; the default is no limit.
                 failure_config=FailureConfig(max_failures=cfg.max_failures, controller_failure_limit=10),
             ),
@@ -109,6 +109,15 @@ class RayRuntime:
         finally:
             for ref in sizes:
                 ray.cancel(ref, force=False)
+
+
+def ray_storage(path: StoragePath) -> dict[str, Any]:
+    """How Ray is told of a folder of storage for its own files: through the very client that we use."""
+    if isinstance(path, Path):
+        return {"storage_path": str(path)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return {"storage_path": path.path, "storage_filesystem": PyFileSystem(FSSpecHandler(path.fs))}
 
 
 @contextmanager

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -19,7 +20,8 @@ from ray import tune
 from ppc.artifacts import Storage
 from ppc.config import TrialConfig
 from ppc.ledger import TrialRow
-from ppc.ray_runtime import RayRuntime, trial_resources
+from ppc.places import StoragePath
+from ppc.ray_runtime import RayRuntime, ray_storage, trial_resources
 from ppc.trial import record_failure, run_trial
 
 QUIET_ENV = {
@@ -42,11 +44,23 @@ def cluster(address: str | None, *, num_cpus: int | None = None, temp_dir: str |
     options: dict[str, Any] = {"address": "local" if local else address, "logging_level": logging.ERROR}
     if local:
         options |= {"include_dashboard": False, "num_cpus": num_cpus, "_temp_dir": temp_dir}
-    ray.init(log_to_driver=False, configure_logging=True, **options)
     try:
+        with _own_sigterm():
+            ray.init(log_to_driver=False, configure_logging=True, **options)
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Give SIGTERM back its handler: Ray's own ends this process on the spot, before anything is recorded."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():  # elsewhere Ray installs none
+            signal.signal(signal.SIGTERM, before)
 
 
 def concurrency(rows: list[TrialRow], limit: int | None) -> int:
@@ -59,13 +73,13 @@ def concurrency(rows: list[TrialRow], limit: int | None) -> int:
     return max(1, min(fits, limit or fits))
 
 
-def run_rows(rows: list[TrialRow], storage: Storage, launch_dir: Path, *, max_concurrent: int | None) -> None:
+def run_rows(rows: list[TrialRow], storage: Storage, launch_dir: StoragePath, *, max_concurrent: int | None) -> None:
     """Run trials of the ledger; returns when each has a result or an error, or when interrupted."""
     trials = {row.key: (row.config, [(s["name"], s["key"]) for s in row.stages]) for row in rows}
     # No CPU: a driver waits while its tasks work. Ray wants some resource, and a driver belongs on the head.
     resources = {"cpu": 0, "node:__internal_head__": 0.001}
     trainable = tune.with_resources(
-        tune.with_parameters(_drive, trials=trials, root=str(storage.root), scratch=str(launch_dir / "train")),
+        tune.with_parameters(_drive, trials=trials, storage=storage, scratch=launch_dir / "train"),
         resources,
     )
     tuner = tune.Tuner(
@@ -78,7 +92,7 @@ def run_rows(rows: list[TrialRow], storage: Storage, launch_dir: Path, *, max_co
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=str(launch_dir),
+            **ray_storage(launch_dir),
             verbose=0,
             # A raise inside a trial is recorded by the trial itself; this is for a driver process that dies.
             failure_config=tune.FailureConfig(max_failures=1),
@@ -87,12 +101,12 @@ def run_rows(rows: list[TrialRow], storage: Storage, launch_dir: Path, *, max_co
     tuner.fit()
 
 
-def _drive(config: dict[str, Any], trials: dict[str, Any], root: str, scratch: str) -> None:
+def _drive(config: dict[str, Any], trials: dict[str, Any], storage: Storage, scratch: StoragePath) -> None:
     """The trial's driver, in a process of its own. Its raise is in the ledger; Tune is told of the end alone."""
     data, stages = trials[config["key"]]
     try:
-        run_trial(TrialConfig.model_validate(data), config["key"], stages, Storage(Path(root)), RayRuntime(scratch))
+        run_trial(TrialConfig.model_validate(data), config["key"], stages, storage, RayRuntime(scratch))
         tune.report({"finished": 1})
     except Exception as error:
-        record_failure(Storage(Path(root)).trial(config["key"]), error)
+        record_failure(storage.trial(config["key"]), error)
         tune.report({"finished": 0})

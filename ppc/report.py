@@ -12,7 +12,6 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -20,8 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ppc.artifacts import Storage, atomic_write, now_ms, write_json
+from ppc.artifacts import Storage, now_ms, write_json
 from ppc.ledger import FINISHED, RUNNING, TrialRow, counts, read_rows
+from ppc.places import StoragePath, atomic_write
 from ppc.study import Row, summarise
 
 NONE = "-"
@@ -293,7 +293,7 @@ def as_csv(report: Report) -> str:
     return text.getvalue()
 
 
-def write_report(report: Report, folder: Path) -> list[Path]:
+def write_report(report: Report, folder: StoragePath) -> list[StoragePath]:
     """Write report.md, report.csv and report.json; their paths in this order."""
     paths = [folder / f"report.{ending}" for ending in ("md", "csv", "json")]
     for path, text in zip(paths, (markdown(report), as_csv(report)), strict=False):

@@ -8,14 +8,16 @@ import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
-from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
 from ppc.artifacts import read_journal
+from ppc.config import DataConfig
 from ppc.ledger import TrialRow
+from ppc.places import StoragePath, size_of
+from ppc.trial import data_name
 
 # Told apart by most eyes, and in this order far from their neighbours.
 COLOURS = (
@@ -64,8 +66,10 @@ def code_tags(study: dict[str, Any]) -> dict[str, str]:
 
 def data_of(row: TrialRow, study: dict[str, Any]) -> list[dict[str, Any]]:
     """The datasets of the study that a trial uses."""
-    root = row.config.get("data", {}).get("root")
-    return [data for data in study["data"] if len(study["data"]) == 1 or data["root"] == root]
+    if len(study["data"]) == 1:
+        return list(study["data"])
+    place = data_name(DataConfig.model_validate(row.config["data"]))
+    return [data for data in study["data"] if data["root"] == place]
 
 
 def datasets(row: TrialRow, study: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -120,7 +124,7 @@ def config_yaml(config: dict[str, Any]) -> str:
     return text.getvalue()
 
 
-def new_points(path: Path, mark: Sequence[int]) -> tuple[list[Point], list[int]]:
+def new_points(path: StoragePath, mark: Sequence[int]) -> tuple[list[Point], list[int]]:
     """Points of a journal after a mark (byte offset, last step), and the mark after them.
 
     A journal that is shorter than the mark was written anew: its steps up to the last one were sent before, with
@@ -128,7 +132,8 @@ def new_points(path: Path, mark: Sequence[int]) -> tuple[list[Point], list[int]]
     """
     offset, last_step = mark
     try:
-        fresh = path.exists() and path.stat().st_size < offset
+        size = size_of(path)
+        fresh = size is not None and size < offset
         points, end = read_journal(path, 0 if fresh else offset)
     except ValueError:  # in the middle of a line: written anew, and longer by now
         points, end = read_journal(path, 0)

@@ -23,8 +23,8 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessRaisedException, spawn
 
-from ppc.artifacts import atomic_write
 from ppc.config import RuntimeConfig
+from ppc.places import StoragePath, atomic_write, names_in, read_bytes
 
 TrainWorker = Callable[[Any, torch.device], None]
 MapFunction = Callable[[Any, Sequence[Any], torch.device], Any]
@@ -155,12 +155,12 @@ def _spawned(rank: int, worker: TrainWorker, payload: Any, world_size: int, cpus
         dist.destroy_process_group()
 
 
-def raise_file(folder: Path, rank: int) -> Path:
+def raise_file(folder: StoragePath, rank: int) -> StoragePath:
     """Where a worker records what it raised."""
     return folder / f"raised-{rank}"
 
 
-def record_raise(folder: Path, rank: int, error: Exception) -> None:
+def record_raise(folder: StoragePath, rank: int, error: Exception) -> None:
     """Record what a worker raised, for `first_raise`; before its peers can notice that it is gone."""
     trace = "".join(traceback.format_exception(error))
     now = time.time_ns()
@@ -173,15 +173,16 @@ def record_raise(folder: Path, rank: int, error: Exception) -> None:
         handle.write(blob)
 
 
-def first_raise(folder: Path) -> Exception | None:
+def first_raise(folder: StoragePath) -> Exception | None:
     """What was raised first, with the worker's traceback as its cause; None when nothing was recorded.
 
     The workers that waited for that one raise too, and say nothing of the cause.
     """
     found: list[tuple[int, Exception, str]] = []
-    for path in folder.glob("raised-*"):
-        with suppress(Exception):
-            found.append(pickle.loads(path.read_bytes()))
+    for name in names_in(folder):
+        if name.startswith("raised-"):
+            with suppress(Exception):
+                found.append(pickle.loads(read_bytes(folder / name)))
     if not found:
         return None
     _, error, trace = min(found, key=lambda item: item[0])

@@ -5,11 +5,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
 from ppc.ledger import TrialRow
+from ppc.places import StoragePath
 
 EVERY_S = 3.0
 LONGEST_WAIT_S = 30.0
@@ -22,7 +22,7 @@ class Tracker(Protocol):
     def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
         """Send what is new. `final`: the launch has ended."""
 
-    def attach(self, paths: Sequence[Path]) -> None:
+    def attach(self, paths: Sequence[StoragePath]) -> None:
         """Add files (the report) to the record of the launch; a `report.md` becomes the study's note too."""
 
     def close(self) -> None:
@@ -35,7 +35,7 @@ class NoTracker:
     def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
         """See `Tracker.sync`."""
 
-    def attach(self, paths: Sequence[Path]) -> None:
+    def attach(self, paths: Sequence[StoragePath]) -> None:
         """See `Tracker.attach`."""
 
     def close(self) -> None:
@@ -61,7 +61,7 @@ class SyncLoop:
         self._every_s, self._longest_wait_s = every_s, longest_wait_s
         self._ending, self._ended = threading.Event(), False
         self._deadline = 0.0
-        self._files: list[Path] = []
+        self._files: list[StoragePath] = []
         self._thread = threading.Thread(target=self._run, name="ppc-tracking", daemon=True)
         self.errors = 0
         self.last_error: str | None = None  # of the last try; None when it succeeded
@@ -71,7 +71,7 @@ class SyncLoop:
         """Begin to send."""
         self._thread.start()
 
-    def finish(self, files: Sequence[Path] = (), *, flush_s: float = FLUSH_S) -> bool:
+    def finish(self, files: Sequence[StoragePath] = (), *, flush_s: float = FLUSH_S) -> bool:
         """Send the rest and the files; True when all went. Returns within about `flush_s`, whatever the server does."""
         self._files, self._deadline = list(files), time.monotonic() + flush_s
         self._ending.set()

@@ -15,18 +15,20 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from PIL import Image
 
 from ppc import run_record as record
-from ppc.artifacts import StageDir, Storage, now_ms, read_json, write_json
+from ppc.artifacts import StageDir, Storage, content_key, now_ms, read_json, write_json
 from ppc.figures import square
 from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, PENDING, RUNNING, STALE_S, TrialRow, counts, stage_dirs
 from ppc.mlflow_server import QUIET, TrackingError, check_uri, is_server, probe, safe_uri, tracking_uri, words_of
+from ppc.places import LockedError, StoragePath, locked, names_in, read_bytes
 from ppc.run_record import Point, is_number, metric_name
 from ppc.sync_loop import NoTracker, SyncLoop, Tracker
 
@@ -84,9 +86,8 @@ class MlflowTracker:
     @contextmanager
     def _writing(self) -> Iterator[None]:
         """Be the only writer of this study, with its memory and a server that answers."""
-        self._folder.mkdir(parents=True, exist_ok=True)
         try:
-            with FileLock(str(self._folder / ".tracking.lock"), timeout=10):
+            with locked(self._folder / ".tracking.lock", timeout_s=10):
                 probe(self.uri)
                 self._looked = False
                 everything = read_json(self._folder / "tracking.json") or {}
@@ -94,7 +95,7 @@ class MlflowTracker:
                 if self._mlflow is None or self._memory["experiment"] is None:
                     self._connect()
                 yield
-        except Timeout as error:
+        except LockedError as error:
             raise TrackingError(f"another process is sending study {self.study['name']} to MLflow") from error
         except BaseException:
             self._mlflow = None  # look at everything anew next time
@@ -116,7 +117,7 @@ class MlflowTracker:
         name = f"ppc/{self.study['name']}"
         found = self._mlflow.get_experiment_by_name(name)
         if found is None:  # a database has no place for artifacts: without ours they would go to the current folder
-            place = (self.storage.root.resolve() / "mlflow" / "artifacts" / self.study["name"]).as_uri()
+            place = (self.storage.here / "mlflow" / "artifacts" / self.study["name"]).as_uri()
             number = self._mlflow.create_experiment(name, None if is_server(self.uri) else place)
         elif found.lifecycle_stage == "deleted":
             restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
@@ -187,17 +188,18 @@ class MlflowTracker:
             if problems:
                 raise TrackingError("; ".join(problems[:3])) from cause
 
-    def attach(self, paths: Sequence[Path]) -> None:
+    def attach(self, paths: Sequence[StoragePath]) -> None:
         """See `Tracker.attach`."""
         with self._writing():
             launch = self._open_launch(final=True)
             for path in paths:
-                mark = [path.stat().st_mtime_ns, path.stat().st_size]
+                text = read_bytes(path).decode()
+                mark = content_key(text)
                 if not launch["deleted"] and launch["sent"].get(f"file/{path.name}") != mark:
-                    self._mlflow.log_artifact(launch["id"], str(path), "report")
+                    self._mlflow.log_text(launch["id"], text, f"report/{path.name}")
                     launch["sent"][f"file/{path.name}"] = mark
                 if path.name == "report.md":
-                    self._set_note(path.read_text())
+                    self._set_note(text)
             self._save()
 
     def close(self) -> None:
@@ -214,8 +216,7 @@ class MlflowTracker:
             self._save()
 
     def _open_launch(self, final: bool) -> dict[str, Any]:
-        folder = self._folder / "launches"
-        names = [path.name for path in folder.iterdir() if path.name.isdigit()] if folder.exists() else []
+        names = [name for name in names_in(self._folder / "launches") if name.isdigit()]
         name = self._launch or max(names, default="000")
         tags = {"ppc.kind": "study", "ppc.launch": name, **record.code_tags(self.study)}
         launch = self._run("launches", name, f"{self.study['name']} launch {name}", tags, None)
@@ -289,15 +290,15 @@ class MlflowTracker:
         scores = record.stage_points(manifest)
         names = sorted({point.name for point in scores})  # a result is not to send them again
         self._once(entry, f"metrics/{name}", names, partial(self._log, entry["id"], scores))
-        pictures = sorted((folder / "overlays").glob("*.png"))
-        fresh = [path for path in pictures if f"overlay/{path.stem}" not in entry["sent"]]
+        pictures = [folder / "overlays" / picture for picture in names_in(folder / "overlays")]
+        fresh = [path for path in pictures if path.suffix == ".png" and f"overlay/{path.stem}" not in entry["sent"]]
         if not fresh:
             return
         there = [item.path.rpartition("/")[2] for item in self._mlflow.list_artifacts(entry["id"], "images")]
         for path in fresh:  # each is stored under a new name, so one that is there must not be sent again
             key = f"cam/{record.image_name(path.stem)}"
             if not any(item.startswith(key.replace("/", "~") + "+step+") for item in there):
-                with Image.open(path) as picture:
+                with Image.open(BytesIO(read_bytes(path))) as picture:
                     image = Image.fromarray(square(np.asarray(picture.convert("RGB"))))
                 self._mlflow.log_image(entry["id"], image, key=key, step=0, synchronous=True)
             entry["sent"][f"overlay/{path.stem}"] = 1

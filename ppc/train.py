@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 from pickle import UnpicklingError
 from typing import Any
 from zipfile import BadZipFile, ZipFile
@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ppc.artifacts import Journal, Progress, StageDir, atomic_write
+from ppc.artifacts import Journal, Progress, StageDir
 from ppc.config import RuntimeConfig
 from ppc.optim import poly_lr, set_lr
+from ppc.places import StoragePath, atomic_write, names_in, read_bytes
 
 Batch = Mapping[str, Any]
 KEEP_CHECKPOINTS = 2
@@ -93,7 +94,8 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
         for epoch in range(start, job.epochs):
             _epoch(job, epoch, journal, progress, runtime, device)
             last = epoch + 1 == job.epochs
-            if rank() == 0 and (last or (epoch + 1) % runtime.checkpoint_every_epochs == 0):
+            if journal and (last or (epoch + 1) % runtime.checkpoint_every_epochs == 0):
+                journal.flush()  # the steps before a checkpoint are not done again
                 save_checkpoint(job, stage, epoch + 1)
     finally:
         if journal:
@@ -139,9 +141,11 @@ def _window_means(window: list[dict[str, Tensor]]) -> dict[str, float]:
     return {f"train/{name}": value for name, value in zip(means, stacked.tolist(), strict=True)}
 
 
-def checkpoints(stage: StageDir) -> list[Path]:
+def checkpoints(stage: StageDir) -> list[StoragePath]:
     """Checkpoints of a stage, newest first."""
-    return sorted((stage / "checkpoints").glob("epoch-*.pt"), reverse=True)
+    folder = stage / "checkpoints"
+    names = [name for name in names_in(folder) if name.startswith("epoch-") and name.endswith(".pt")]
+    return [folder / name for name in reversed(names)]
 
 
 def save_checkpoint(job: Job, stage: StageDir, epoch: int) -> None:
@@ -157,10 +161,12 @@ def _load_newest(job: Job, stage: StageDir, device: torch.device) -> int:
     """Load the newest checkpoint that is whole; the epoch to go on with. All workers take the same one."""
     for path in checkpoints(stage):
         try:
-            with ZipFile(path) as archive:  # torch does not look at the checksums that it writes
+            data = BytesIO(read_bytes(path))
+            with ZipFile(data) as archive:  # torch does not look at the checksums that it writes
                 if (broken := archive.testzip()) is not None:
                     raise BadZipFile(f"checksum of {broken}")
-            state = torch.load(path, map_location=device, weights_only=True)
+            data.seek(0)
+            state = torch.load(data, map_location=device, weights_only=True)
             key, epoch, net, optimizer = (state[name] for name in ("key", "epoch", "net", "optimizer"))
         except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError, BadZipFile) as error:
             print(f"checkpoint {path} is damaged ({type(error).__name__}); taking the one before", flush=True)

@@ -8,6 +8,7 @@ import threading
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,18 +44,21 @@ def data_splits(cfg: TrialConfig) -> list[str]:
 
 
 def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, VocLayout]:
-    """Open the dataset; generated scenes are made first when they are not there. The config gets its absolute root."""
-    if data.root is None:
-        root = storage.dataset(f"scenes-{content_key(data.scenes.model_dump())[:8]}")
-    else:
-        root = Path(data.root).expanduser()
-    data = data.model_copy(update={"root": str(root.resolve())})
-    return data, open_data(data)
+    """Open the dataset; generated scenes are made when they are not there. A root that was given becomes absolute."""
+    if data.root is not None:
+        data = data.model_copy(update={"root": str(Path(data.root).expanduser().resolve())})
+    return data, open_data(data, storage)
 
 
-def open_data(data: DataConfig) -> VocLayout:
-    """The dataset of a config whose root is resolved."""
-    return open_dataset(data.name, Path(str(data.root)), labels=data.labels, scenes=data.scenes.model_dump())
+def open_data(data: DataConfig, storage: Storage) -> VocLayout:
+    """The dataset of a config; without a root it is the storage's own generated one, wherever the storage is today."""
+    root = storage.dataset(data_name(data)) if data.root is None else Path(data.root)
+    return open_dataset(data.name, root, labels=data.labels, scenes=data.scenes.model_dump())
+
+
+def data_name(data: DataConfig) -> str:
+    """What tells a dataset from another of the study: its root, or the name of generated scenes."""
+    return data.root or f"scenes-{content_key(data.scenes.model_dump())[:8]}"
 
 
 class Planner:
@@ -277,7 +281,7 @@ def run_trial(
         return result
     write_json(trial.path / "config.json", cfg.model_dump(mode="json"))
     with _State(trial) as state:
-        dataset = open_data(cfg.data)  # in here: data that went away since the planning is this trial's error too
+        dataset = open_data(cfg.data, storage)  # in here: data that went away is this trial's error too
         done: list[dict[str, Any]] = []
         merged: dict[str, Any] = {}
         folders = {name: storage.stage(name, stage_key) for name, stage_key in stages}
@@ -300,7 +304,8 @@ def run_trial(
         }  # fmt: skip
         result.setdefault("metrics", {})
         write_json(trial.path / "result.json", result)
-    (trial.path / "error.json").unlink(missing_ok=True)
+    with suppress(OSError):  # the error of an earlier attempt; a result outweighs it
+        (trial.path / "error.json").unlink(missing_ok=True)
     return result
 
 

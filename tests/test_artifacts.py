@@ -22,13 +22,13 @@ from ppc.artifacts import (
     Storage,
     StudyDir,
     TrialDir,
-    atomic_write,
     content_key,
     file_sha256,
     read_journal,
     read_json,
     write_json,
 )
+from ppc.places import atomic_write
 
 # -- single files
 
@@ -192,7 +192,7 @@ def test_a_point_that_does_not_fit_on_the_disk_leaves_nothing_behind(tmp_path: P
     journal = Journal(path)
     journal.write(1, {"a": 1.0})
     whole = path.read_bytes()
-    journal._handle = NearlyFull(journal._handle, [7, 0, 1000])
+    journal._file._handle = NearlyFull(journal._file._handle, [7, 0, 1000])
     for _ in range(2):
         with pytest.raises(OSError, match="not written.*journal.jsonl"):
             journal.write(2, {"a": 2.0})

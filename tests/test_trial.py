@@ -25,7 +25,7 @@ from ppc.ledger import alive
 from ppc.methods import build_net
 from ppc.runtime import LocalRuntime, MapFunction
 from ppc.stages.train_cam import save_net
-from ppc.trial import Planner, TrialPlan, check_trial, data_splits, run_trial
+from ppc.trial import Planner, TrialPlan, check_trial, data_name, data_splits, run_trial
 
 STAGES = ["train_cam", "make_seeds", "refine_crf", "evaluate"]
 
@@ -145,9 +145,10 @@ def test_two_trials_at_once_train_what_they_share_once(scenes: Path, storage: St
 
 def test_scenes_are_made_under_the_root_when_no_folder_is_named(storage: Storage) -> None:
     plan = Planner(storage).plan(tiny_config())
-    assert Path(str(plan.config.data.root)).is_relative_to(storage.root / "data")
+    assert plan.config.data.root is None, "a storage that is moved keeps its data"
     assert plan.config.data.scenes.num_train == 8
-    assert len(list((Path(str(plan.config.data.root)) / "JPEGImages").iterdir())) == 12
+    made = storage.dataset(data_name(plan.config.data))
+    assert made.is_relative_to(storage.root / "data") and len(list((made / "JPEGImages").iterdir())) == 12
 
 
 # -- keys

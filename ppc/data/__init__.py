@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from ppc.data.labels import DataError
 from ppc.data.scenes import make_scenes
@@ -17,10 +18,22 @@ def open_voc(root: Path, labels: str, scenes: Mapping[str, int]) -> VocLayout:
     return VocLayout(root, labels=labels)
 
 
+class SceneLayout(VocLayout):
+    """The built-in generated data set. A process of another node that is sent it makes it there, if it has to."""
+
+    def __init__(self, root: Path, labels: str, scenes: Mapping[str, int]) -> None:
+        make_scenes(root, **scenes)
+        self._scenes = dict(scenes)
+        super().__init__(root, labels=labels)
+        self._labels = labels
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return SceneLayout, (self.root, self._labels, self._scenes)
+
+
 def open_scenes(root: Path, labels: str, scenes: Mapping[str, int]) -> VocLayout:
     """The built-in generated data set, made on first use."""
-    make_scenes(root, **scenes)
-    return VocLayout(root, labels=labels)
+    return SceneLayout(root, labels, scenes)
 
 
 DATASETS: dict[str, Callable[[Path, str, Mapping[str, int]], VocLayout]] = {

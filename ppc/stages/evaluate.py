@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from ppc.artifacts import Progress
 from ppc.data import VocLayout
 from ppc.figures import read_palette_png
 from ppc.metrics import Counts, confusion, iou, miou
+from ppc.places import StoragePath
 from ppc.stages.context import StageContext
 
 
@@ -22,7 +22,7 @@ from ppc.stages.context import StageContext
 class Shared:
     """What all chunks of images share."""
 
-    folder: Path  # with ID.png label maps
+    folder: StoragePath  # with ID.png label maps
     dataset: VocLayout
     split: str
 

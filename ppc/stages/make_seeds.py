@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from io import BytesIO
 from typing import Any
 from zipfile import BadZipFile
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ppc.artifacts import Progress, StageDir, atomic_write
+from ppc.artifacts import Progress, StageDir
 from ppc.cam import merge_scales, seed_from_cam
 from ppc.config import TrialConfig
 from ppc.data import VocLayout
@@ -25,6 +25,7 @@ from ppc.figures import overlay, palette_png
 from ppc.methods import METHODS
 from ppc.metrics import OFFICIAL_THRESHOLDS, Counts, choose_bg_score, curve_counts, curve_miou
 from ppc.nets import CamNet
+from ppc.places import StoragePath, atomic_write, read_bytes
 from ppc.seeding import derive_rng
 from ppc.stages.context import StageContext
 from ppc.stages.train_cam import load_net
@@ -39,7 +40,7 @@ class Shared:
 
     cfg: TrialConfig
     folder: StageDir
-    weights: Path
+    weights: StoragePath
     dataset: VocLayout
     subset: frozenset[Item] = frozenset()  # the images of protocol val_subset
     bg_score: float = 0.0
@@ -172,10 +173,10 @@ def infer_cam(
     return merge_scales(maps, size=size, rule=METHODS[method].merge_rule).cpu().numpy()
 
 
-def read_cam(path: Path) -> tuple[Any, Any] | None:
+def read_cam(path: StoragePath) -> tuple[Any, Any] | None:
     """Keys and CAM of an image, or None when the file is missing or broken."""
     try:
-        with path.open("rb") as handle, np.load(handle) as stored:  # np.load itself leaves a broken file open
+        with np.load(BytesIO(read_bytes(path))) as stored:
             return stored["keys"], stored["cam"]
     except (EOFError, ValueError, KeyError, OSError, BadZipFile, zlib.error):
         return None

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from pathlib import Path
+from io import BytesIO
 from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from filelock import FileLock
 
-from ppc.artifacts import StageDir, atomic_write, read_json, write_json
+from ppc.artifacts import StageDir, read_json, write_json
 from ppc.backbones import Normalisation
 from ppc.config import TrialConfig
 from ppc.data import VocLayout
@@ -19,6 +19,7 @@ from ppc.data.loader import CamLoader, CamTrainSet
 from ppc.methods import Losses, build_net, net_normalisation
 from ppc.nets import CamNet
 from ppc.optim import effective_momentum, make_sgd, param_groups
+from ppc.places import StoragePath, atomic_write, locked, read_bytes
 from ppc.prototypes import Workers
 from ppc.stages.context import StageContext
 from ppc.train import Job, fit, gather, rank, world_size
@@ -49,18 +50,14 @@ def run(context: StageContext) -> dict[str, Any]:
 def worker(payload: Payload, device: torch.device) -> None:
     """One training worker. Two of the same stage never write at once: the first holds a lock until it dies."""
     cfg, folder = payload.cfg, payload.folder
-    lock = FileLock(str(folder / ".train.lock"))
-    if rank() == 0:
-        lock.acquire()
-    try:
+    alone = locked(folder / ".train.lock") if rank() == 0 else nullcontext()
+    with alone:
         job, net = make_job(payload.cfg, payload.dataset, device)
         if rank() == 0:
             _report_weights(net, folder)
         fit(job, folder, cfg.runtime, device)
         if rank() == 0:
             save_net(net, folder / "weights.pt")
-    finally:
-        lock.release()
 
 
 def _report_weights(net: CamNet, folder: StageDir) -> None:
@@ -111,7 +108,7 @@ def make_job(cfg: TrialConfig, dataset: VocLayout, device: torch.device) -> tupl
     return job, net
 
 
-def save_net(net: CamNet, path: Path) -> None:
+def save_net(net: CamNet, path: StoragePath) -> None:
     """Write the net's weights with its input normalisation."""
     state = {
         "net": {k: v.cpu() for k, v in net.state_dict().items()},
@@ -122,14 +119,14 @@ def save_net(net: CamNet, path: Path) -> None:
 
 
 @lru_cache(maxsize=1)
-def load_net(cfg_json: str, num_fg: int, path: Path, device: torch.device) -> tuple[CamNet, Normalisation]:
+def load_net(cfg_json: str, num_fg: int, path: StoragePath, device: torch.device) -> tuple[CamNet, Normalisation]:
     """A trained net in eval mode and its normalisation; kept for the next call of this process.
 
     ValueError when the file is damaged or holds another net.
     """
     net = build_net(TrialConfig.model_validate_json(cfg_json), num_fg, pretrained=False)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
         net.load_state_dict(state["net"])
     except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
         raise ValueError(f"{path} does not hold this trial's net ({error}); delete its folder and run again") from error
