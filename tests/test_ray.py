@@ -40,7 +40,7 @@ def run_one(storage: Storage, study: dict[str, Any], scratch: Path, runtime: dic
     entry = study["trials"][0]
     cfg = TrialConfig.model_validate({**entry["config"], "runtime": {**entry["config"]["runtime"], **runtime}})
     stages = [(s["name"], s["key"]) for s in entry["stages"]]
-    return run_trial(cfg, entry["key"], stages, storage, RayRuntime(str(scratch)))
+    return run_trial(cfg, entry["key"], stages, storage, RayRuntime(scratch))
 
 
 def losses_of(storage: Storage, study: dict[str, Any]) -> list[dict[str, float]]:
@@ -82,7 +82,7 @@ def test_images_wait_for_no_gpu_that_never_comes(ray_here: None) -> None:
 
     def infer(runtime: dict[str, Any]) -> None:
         cfg = RuntimeConfig.model_validate({"resource_wait_s": 0, **runtime})
-        RayRuntime("").map(note_device, 0, [1], cfg, lambda done, result: found.append(result), use_gpu=True)
+        RayRuntime(Path()).map(note_device, 0, [1], cfg, lambda done, result: found.append(result), use_gpu=True)
 
     with pytest.raises(ValueError, match="asks for 1 GPU in all but the cluster has 0"):
         infer({"gpus_per_worker": 1})
@@ -119,7 +119,7 @@ def test_what_a_worker_raises_first_is_raised_at_once(
     on_interrupt = signal.getsignal(signal.SIGINT)
     start = time.monotonic()
     with pytest.raises(StepError, match="step 3: train/loss is not finite$") as caught:
-        RayRuntime(str(tmp_path / "scratch")).train(raise_in_the_last, made(tmp_path / "seen"), cfg)
+        RayRuntime(tmp_path / "scratch").train(raise_in_the_last, made(tmp_path / "seen"), cfg)
     assert "raise_in_the_last" in str(caught.value.__cause__), "with the traceback of the worker"
     assert len(list((tmp_path / "seen").iterdir())) == workers, "a raise is not tried again"
     assert time.monotonic() - start < 200, "nobody waited for the time limit of the messages"
@@ -129,7 +129,7 @@ def test_what_a_worker_raises_first_is_raised_at_once(
 @pytest.mark.slow
 def test_a_dead_worker_of_two_is_started_again(tmp_path: Path, ray_here: None) -> None:
     cfg = RuntimeConfig(workers=2, max_failures=1)
-    RayRuntime(str(tmp_path / "scratch")).train(die_once_in_the_second, made(tmp_path / "seen"), cfg)
+    RayRuntime(tmp_path / "scratch").train(die_once_in_the_second, made(tmp_path / "seen"), cfg)
     assert {path.name for path in (tmp_path / "seen").iterdir()} == {"died", "ended-0", "ended-1"}
 
 
