@@ -27,6 +27,9 @@ StorageOption = Annotated[
     typer.Option("--storage", envvar="PPC_STORAGE", help="Folder or s3://bucket/prefix that holds all of a project."),
 ]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; repeatable.")]
+RuntimeSetOption = Annotated[
+    list[str], typer.Option("--set", metavar="runtime.X=VALUE", help="Change how what is left runs; repeatable.")
+]
 TinyOption = Annotated[bool, typer.Option("--tiny", help="Shrink to seconds: generated images, one epoch.")]
 LocalOption = Annotated[bool, typer.Option("--local", help="In this process, without Ray and MLflow.")]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, or `auto`. Default: one on this machine.")]
@@ -117,17 +120,21 @@ def study_launch(
 def study_resume(
     name: str,
     storage: StorageOption = DEFAULT_STORAGE,
+    sets: RuntimeSetOption = [],  # noqa: B006
     local: LocalOption = False,
     address: AddressOption = None,
     num_cpus: CpusOption = None,
     max_concurrent: ConcurrentOption = None,
     tracking: TrackingOption = None,
 ) -> None:
-    """Run the failed and interrupted trials of a study from their last checkpoints, and no other."""
+    """Run the failed and interrupted trials of a study from their last checkpoints, and no other.
+
+    Exit code 1 when one has no result. With other resources they stay the same trials: --set runtime.workers=2.
+    """
     from ppc.launch import Where, run_study
 
     where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking)
-    raise typer.Exit(run_study(_storage(storage), name, where, console))
+    raise typer.Exit(run_study(_storage(storage), name, where, console, runtime=sets))
 
 
 @study_app.command("status")

@@ -22,10 +22,11 @@ from rich.console import Console
 from ppc import __version__
 from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
 from ppc.config import StudyConfig, TrialConfig
-from ppc.ledger import FINISHED, KILLED, RUNNING, TrialRow, counts, missing, read_rows
+from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
 from ppc.report import build_report, print_report, write_report
+from ppc.resources import change_runtime
 from ppc.runtime import LocalRuntime
 from ppc.study import TrialSpec
 from ppc.sync_loop import SyncLoop
@@ -168,11 +169,18 @@ def _held(name: str, who: dict[str, Any]) -> ValueError:
 
 
 def run_study(
-    storage: Storage, name: str, where: Where, console: Console, definition: dict[str, Any] | None = None
+    storage: Storage,
+    name: str,
+    where: Where,
+    console: Console,
+    definition: dict[str, Any] | None = None,
+    *,
+    runtime: Sequence[str] = (),
 ) -> int:
     """Run the missing trials of a study, then print its table. 0 when all trials have a result, else 1.
 
-    With a definition that is saved first (a launch); without, the study is as it was saved (a resume).
+    With a definition that is saved first (a launch); without, the study is as it was saved (a resume), but for
+    `runtime`: overrides (`runtime.workers=2`) of what is still to run. SIGINT and SIGTERM end the trials and no more.
     """
     storage.check_writable()
     folder = storage.study(name)
@@ -182,7 +190,12 @@ def run_study(
         left_out = save(definition, storage) if definition else 0
         study = folder.definition()
         todo = missing(_settled(storage, study))
+        if runtime:
+            study = change_runtime(study, [row.key for row in todo], runtime)
+            todo = missing(read_rows(storage, study))
         check_current(storage, todo)
+        if runtime and todo:
+            write_json(folder.path / "study.json", study)
         _say_plan(console, study, read_rows(storage, study), todo, left_out)
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
@@ -258,11 +271,19 @@ def _interruptible() -> Iterator[None]:
 
 
 def _mark_killed(storage: Storage, rows: list[TrialRow]) -> None:
-    """The cluster of this launch is gone: a trial of ours that still says RUNNING was killed."""
+    """The cluster of this launch is gone, or ends its trials: one of ours that still says RUNNING was killed.
+
+    A process that lives for a moment more would write RUNNING again, so it is waited for.
+    """
+    deadline = time.monotonic() + 2 * HEARTBEAT_S  # after that a living one would have said so once more
     for row in rows:
         trial = storage.trial(row.key)
-        state = trial.state()
-        if trial.result() is None and state.get("state") == RUNNING and state.get("attempt", 0) > row.attempt:
+        while trial.result() is None and (state := trial.state()).get("state") == RUNNING:
+            if state.get("attempt", 0) <= row.attempt:  # not ours
+                break
+            if alive(state) and time.monotonic() < deadline:
+                time.sleep(0.2)
+                continue
             trial.write_state(state=KILLED, ended_ms=now_ms())
 
 

@@ -21,7 +21,16 @@ import ray
 
 from ppc.config import RuntimeConfig
 from ppc.places import StoragePath
-from ppc.runtime import MapFunction, TrainWorker, chunks, first_raise, prepare_process, raise_file, record_raise
+from ppc.runtime import (
+    MapFunction,
+    TrainWorker,
+    WorkerDiedError,
+    chunks,
+    first_raise,
+    prepare_process,
+    raise_file,
+    record_raise,
+)
 
 # A trial's placement group captures what its driver starts; DEFAULT lets it go anywhere in the cluster.
 ANYWHERE = {"scheduling_strategy": "DEFAULT"}
@@ -47,11 +56,12 @@ class RayRuntime:
             **ANYWHERE,
         }  # fmt: skip
         task = ray.remote(**options)(_train_task)
-        _get(task.remote(worker, payload, cfg.cpus_per_worker))
+        _get(task.remote(worker, payload, cfg.cpus_per_worker), cfg.max_failures)
 
     def _train_with_ray_train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
         from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 
         resources = {"CPU": cfg.cpus_per_worker}
@@ -77,6 +87,9 @@ class RayRuntime:
             with _own_interrupts():
                 trainer.fit()
         except WorkerGroupError as error:
+            for failure in error.worker_failures.values():
+                if isinstance(failure, WorkerHealthCheckFailedError):  # its peers raise because of it
+                    raise _died(cfg.max_failures, failure) from error
             raise next(iter(error.worker_failures.values())) from error
         except TrainingFailedError as error:
             raise RuntimeError(f"Ray Train could not run the trial's workers: {error}") from error
@@ -105,7 +118,7 @@ class RayRuntime:
             while sizes:
                 (ref,), _ = ray.wait(list(sizes), num_returns=1)
                 finished += sizes.pop(ref)
-                done(finished, _get(ref))
+                done(finished, _get(ref, cfg.max_failures + 1))
         finally:
             for ref in sizes:
                 ray.cancel(ref, force=False)
@@ -171,8 +184,11 @@ def _device() -> Any:
     return torch.device("cuda") if ray.get_gpu_ids() and torch.cuda.is_available() else torch.device("cpu")
 
 
-def _get(ref: Any) -> Any:
-    """The result of a task; its own exception, not Ray's wrapper around it."""
+def _get(ref: Any, max_retries: int) -> Any:
+    """The result of a task; its own exception, not Ray's wrapper around it.
+
+    WorkerDiedError when its process died at every try.
+    """
     try:
         return ray.get(ref)
     except ray.exceptions.RayTaskError as error:
@@ -180,6 +196,15 @@ def _get(ref: Any) -> Any:
         if isinstance(cause, Exception):
             raise cause from error
         raise
+    except (ray.exceptions.WorkerCrashedError, ray.exceptions.OutOfMemoryError) as error:
+        raise _died(max_retries, error) from error
+
+
+def _died(max_retries: int, error: Exception) -> WorkerDiedError:
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return WorkerDiedError(
+        f"a process of the trial died and so did {max_retries} more tries (runtime.max_failures): {first}"
+    )
 
 
 def trial_resources(cfg: RuntimeConfig) -> dict[str, float]:

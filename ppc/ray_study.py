@@ -22,6 +22,7 @@ from ppc.config import TrialConfig
 from ppc.ledger import TrialRow
 from ppc.places import StoragePath
 from ppc.ray_runtime import RayRuntime, ray_storage, trial_resources
+from ppc.runtime import WorkerDiedError
 from ppc.trial import record_failure, run_trial
 
 QUIET_ENV = {
@@ -32,6 +33,7 @@ QUIET_ENV = {
     "TUNE_DISABLE_AUTO_CALLBACK_SYNCER": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_task_oom_retries": "3",  # of a task that Ray itself kills for memory; without it, for ever
 }
 
 
@@ -94,11 +96,14 @@ def run_rows(rows: list[TrialRow], storage: Storage, launch_dir: StoragePath, *,
             name="tune",
             **ray_storage(launch_dir),
             verbose=0,
-            # A raise inside a trial is recorded by the trial itself; this is for a driver process that dies.
+            # A raise inside a trial is recorded by the trial itself; this is for a driver process that dies once.
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
-    tuner.fit()
+    for outcome in tuner.fit():
+        if outcome.error is not None and outcome.config is not None:  # its process died again
+            key = outcome.config["key"]
+            record_failure(storage.trial(key), WorkerDiedError(f"the trial's own process died twice: {outcome.error}"))
 
 
 def _drive(config: dict[str, Any], trials: dict[str, Any], storage: Storage, scratch: StoragePath) -> None:

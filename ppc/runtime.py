@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import ProcessRaisedException, spawn
+from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
 from ppc.config import RuntimeConfig
 from ppc.places import StoragePath, atomic_write, names_in, read_bytes
@@ -53,6 +53,29 @@ class Runtime(Protocol):
         is what the function returned for that chunk. Nothing is kept here, so the caller decides what a large dataset
         takes in memory. `use_gpu` says that the function can use one; without it the device is the CPU.
         """
+
+
+class WorkerDiedError(RuntimeError):
+    """A process of a trial died, without a raise, each time that it was started."""
+
+
+def remedy(error: BaseException) -> str | None:
+    """What a user can do about a trial that was too large for its resources, to end the error's message with."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, torch.OutOfMemoryError):
+            return (
+                "give the trial more memory: ppc study resume STUDY --set runtime.workers=2 (halves the batch of a "
+                "worker), or --set runtime.gpus_per_worker=1 (shares its GPU with no other trial)"
+            )
+        if isinstance(seen, (WorkerDiedError, ProcessExitedException, MemoryError)):
+            return (
+                "mostly the memory of the machine was full (its kernel log says so); run fewer trials at a time: "
+                "ppc study resume STUDY --max-concurrent 1, or let one take less: --set runtime.loader_workers=0 "
+                "--set runtime.images_per_task=4"
+            )
+        seen = seen.__cause__
+    return None
 
 
 def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -22,7 +22,7 @@ from ppc.crf import PRESETS
 from ppc.data import VocLayout, open_dataset
 from ppc.data.check import fingerprint
 from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING
-from ppc.runtime import Runtime
+from ppc.runtime import Runtime, remedy
 from ppc.stages import WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits
 
 
@@ -202,12 +202,12 @@ def nearest(name: str, names: Sequence[str]) -> str:
 class _State:
     """`state.json` of a running trial, with a heartbeat from a thread of its own."""
 
-    def __init__(self, trial: TrialDir) -> None:
+    def __init__(self, trial: TrialDir, cfg: TrialConfig) -> None:
         self._trial, self._lock, self._stop = trial, threading.Lock(), threading.Event()
         attempt = int(trial.state().get("attempt", 0)) + 1
         self._values: dict[str, Any] = {
             "state": RUNNING, "attempt": attempt, "host": socket.gethostname(), "pid": os.getpid(),
-            "started_ms": now_ms(), "stage": None, "stage_key": None,
+            "started_ms": now_ms(), "stage": None, "stage_key": None, "runtime": cfg.runtime.model_dump(mode="json"),
         }  # fmt: skip
         self._thread = threading.Thread(target=self._beat, daemon=True)
 
@@ -249,9 +249,10 @@ class _State:
 
 
 def _describe(error: BaseException, state: Mapping[str, Any]) -> dict[str, Any]:
+    words = str(error) or type(error).__name__
     return {
         "type": type(error).__name__,
-        "message": str(error) or type(error).__name__,
+        "message": words if (hint := remedy(error)) is None else f"{words}; {hint}",
         "stage": state["stage"],
         "attempt": state["attempt"],
         "host": state["host"],
@@ -261,10 +262,11 @@ def _describe(error: BaseException, state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def record_failure(trial: TrialDir, error: Exception) -> None:
-    """Record what kept a trial from starting; what happens inside one is recorded by `run_trial` itself."""
-    if trial.state().get("state") in (FAILED, KILLED):
+    """Record what kept a trial from starting, or ended its process; all else is recorded by `run_trial` itself."""
+    state = trial.state()
+    if trial.result() is not None or state.get("state") in (FAILED, KILLED):
         return
-    state = {"state": FAILED, "attempt": 0, "host": socket.gethostname(), "stage": None, "ended_ms": now_ms()}
+    state = {"attempt": 0, "host": socket.gethostname(), "stage": None, **state, "state": FAILED, "ended_ms": now_ms()}
     write_json(trial.path / "error.json", _describe(error, state))
     write_json(trial.path / "state.json", state)
 
@@ -280,7 +282,7 @@ def run_trial(
     if (result := trial.result()) is not None:
         return result
     write_json(trial.path / "config.json", cfg.model_dump(mode="json"))
-    with _State(trial) as state:
+    with _State(trial, cfg) as state:
         dataset = open_data(cfg.data, storage)  # in here: data that went away is this trial's error too
         done: list[dict[str, Any]] = []
         merged: dict[str, Any] = {}

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from tiny_study import QUIET, make_study
 
@@ -94,6 +95,58 @@ def test_a_killed_launch_is_resumed_and_finished_trials_stay(tmp_path: Path) -> 
     assert all(row.attempt == finished[row.key] for row in rows if row.key in finished)
     runs = child_runs(storage, "k")
     assert len(runs) == 4 and all(run.info.status == "FINISHED" for run in runs)
+
+
+LONG = {"train.epochs": 100}  # so that no training ends before it is told to
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Metrics of the long trial when nothing happens to it."""
+    storage = Storage(tmp_path_factory.mktemp("undisturbed"))
+    study = make_study(storage, k=[4], seeds=[0], tiny=LONG)
+    assert run_study(storage, "k", Where(local=True, tracking="none"), QUIET) == 0
+    (row,) = read_rows(storage, study)
+    assert row.result is not None
+    return dict(row.result["metrics"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_launch_that_is_told_to_stop_leaves_truthful_states_and_goes_on(
+    tmp_path: Path, number: int, undisturbed: dict[str, Any]
+) -> None:
+    storage = Storage(tmp_path)
+    study = make_study(storage, k=[4], seeds=[0], tiny=LONG)
+    code = (
+        "from pathlib import Path; from rich.console import Console; from ppc.artifacts import Storage;"
+        "from ppc.launch import Where, run_study;"
+        f"raise SystemExit(run_study(Storage(Path({str(tmp_path)!r})), 'k', Where(num_cpus=2), Console()))"
+    )
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-c", code],
+            stdout=log,
+            stderr=log,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_IGN),  # as a shell does in the background
+        )
+    folder = storage.stage(*stage_of(read_rows(storage, study)[0], "train_cam")).path
+    deadline = time.monotonic() + 120
+    while not list((folder / "checkpoints").glob("epoch-*.pt")):
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
+        time.sleep(0.02)
+    children = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert process.wait(timeout=90) == 1, (tmp_path / "log").read_text()
+    gone, left = psutil.wait_procs(children, timeout=20)
+    assert gone and not left, "processes of the launch live on"
+    assert [row.state for row in read_rows(storage, study)] == ["KILLED"]
+    assert [run.info.status for run in child_runs(storage, "k")] == ["KILLED"]
+    kept = sorted(path.name for path in (folder / "checkpoints").glob("epoch-*.pt"))
+    assert kept, "the checkpoint stays"
+    assert run_study(storage, "k", Where(local=True, tracking="none"), QUIET) == 0
+
+    (row,) = read_rows(storage, study)
+    assert row.result is not None and row.attempt == 2 and row.result["metrics"] == undisturbed
 
 
 def test_a_second_launch_is_told_who_holds_the_study(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from ppc.artifacts import Storage, read_journal
 from ppc.config import RuntimeConfig, TrialConfig
 from ppc.ray_runtime import RayRuntime
 from ppc.ray_study import cluster
+from ppc.runtime import WorkerDiedError
 from ppc.train import rank, world_size
 from ppc.trial import run_trial
 
@@ -131,6 +132,18 @@ def test_a_dead_worker_of_two_is_started_again(tmp_path: Path, ray_here: None) -
     cfg = RuntimeConfig(workers=2, max_failures=1)
     RayRuntime(tmp_path / "scratch").train(die_once_in_the_second, made(tmp_path / "seen"), cfg)
     assert {path.name for path in (tmp_path / "seen").iterdir()} == {"died", "ended-0", "ended-1"}
+
+
+def die(payload: Path, device: torch.device) -> None:
+    (payload / str(time.time_ns())).touch()
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_process_that_dies_at_every_try_ends_in_one_clear_error(tmp_path: Path, ray_here: None) -> None:
+    cfg = RuntimeConfig(engine="task", max_failures=2)
+    with pytest.raises(WorkerDiedError, match=r"died and so did 2 more tries \(runtime.max_failures\)"):
+        RayRuntime(tmp_path / "scratch").train(die, made(tmp_path / "seen"), cfg)
+    assert len(list((tmp_path / "seen").iterdir())) == 3
 
 
 def made(folder: Path) -> Path:
