@@ -6,8 +6,10 @@ gradients. That makes the numbers independent of how many workers there are.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pickle import UnpicklingError
@@ -25,6 +27,7 @@ from ppc.places import StoragePath, atomic_write, names_in, read_bytes
 
 Batch = Mapping[str, Any]
 KEEP_CHECKPOINTS = 2
+GRADIENT = "largest gradient"  # beside the terms: it is wrong one step before the loss is
 
 
 def rank() -> int:
@@ -64,9 +67,16 @@ def wait_for_workers() -> None:
         dist.barrier()
 
 
+def _no_ids(epoch: int, index: int) -> Sequence[str]:
+    return ()
+
+
 @dataclass(frozen=True)
 class Job:
-    """What is trained: `losses` gives this worker's share of the loss and of each named term of the global batch."""
+    """What is trained: `losses` gives this worker's share of the loss and of each named term of the global batch.
+
+    `ids` names the images of a global batch, those of all workers, by epoch and place in it: for error messages.
+    """
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
@@ -76,12 +86,14 @@ class Job:
     steps_per_epoch: int
     poly_power: float
     precision: str
+    ids: Callable[[int, int], Sequence[str]] = _no_ids
 
 
 def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device) -> None:
     """Train from the newest good checkpoint of the stage, or from the start, to the last epoch.
 
-    Stopped after any epoch and started again it ends with the same weights, bit for bit on a CPU.
+    Stopped after any epoch and started again it ends with the same weights, bit for bit on a CPU. ValueError, naming
+    the step, when a loss, a gradient or a weight is not finite: before a checkpoint or a point of that is written.
     """
     job.net.to(device).train()
     wait_for_workers()  # the first may have waited for another process of this stage: look at checkpoints after that
@@ -94,9 +106,11 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
         for epoch in range(start, job.epochs):
             _epoch(job, epoch, journal, progress, runtime, device)
             last = epoch + 1 == job.epochs
-            if journal and (last or (epoch + 1) % runtime.checkpoint_every_epochs == 0):
-                journal.flush()  # the steps before a checkpoint are not done again
-                save_checkpoint(job, stage, epoch + 1)
+            if last or (epoch + 1) % runtime.checkpoint_every_epochs == 0:
+                _check_weights(job, epoch)
+                if journal:
+                    journal.flush()  # the steps before a checkpoint are not done again
+                    save_checkpoint(job, stage, epoch + 1)
     finally:
         if journal:
             journal.close()
@@ -113,15 +127,19 @@ def _epoch(
     for index, batch in enumerate(job.batches(epoch)):
         step = epoch * job.steps_per_epoch + index
         set_lr(job.optimizer, poly_lr(step, max_step=max_step, power=job.poly_power))
-        with torch.autocast(device.type, torch.bfloat16, enabled=job.precision == "bf16"):
-            loss, terms = job.losses(job.net, batch, step)
-        job.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        sum_over_workers([p.grad for p in parameters if p.grad is not None])
-        job.optimizer.step()
+        with _memory_told(job, epoch, index, batch):
+            with torch.autocast(device.type, torch.bfloat16, enabled=job.precision == "bf16"):
+                loss, terms = job.losses(job.net, batch, step)
+            job.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            gradients = [p.grad for p in parameters if p.grad is not None]
+            sum_over_workers(gradients)
+            job.optimizer.step()
         window.append({"loss": loss.detach(), **{name: term.detach() for name, term in terms.items()}})
+        # A share, as the terms are; the maximum, since a sum of squares overflows long before a gradient does.
+        window[-1][GRADIENT] = nn.utils.get_total_norm(gradients, math.inf) / world_size()
         if (index + 1) % runtime.log_every_steps == 0 or index + 1 == job.steps_per_epoch:
-            metrics = _window_means(window)
+            metrics = _window_means(job, epoch, index, window)
             spent_s = time.monotonic() - window_start
             if journal:
                 lr = job.optimizer.param_groups[0]["lr"]
@@ -134,11 +152,71 @@ def _epoch(
             progress.update(step + 1, epoch=epoch + 1, epochs=job.epochs)
 
 
-def _window_means(window: list[dict[str, Tensor]]) -> dict[str, float]:
-    means = {name: torch.stack([w[name].float() for w in window]).mean() for name in window[0]}
-    stacked = torch.stack(list(means.values()))
-    sum_over_workers([stacked])
-    return {f"train/{name}": value for name, value in zip(means, stacked.tolist(), strict=True)}
+def _window_means(job: Job, epoch: int, index: int, window: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Means of the terms over the steps of a window, which ends at batch `index` of an epoch, over all workers.
+
+    The values of each step stay on the device until here, so that no step waits for it. ValueError for the first step
+    at which one is not finite; all workers raise it, since all have the same sums.
+    """
+    names = list(window[0])
+    steps_TS = torch.stack([torch.stack([w[name].float() for w in window]) for name in names])
+    means_T = torch.stack([row_S.mean() for row_S in steps_TS])
+    sum_over_workers([means_T, steps_TS])
+    for place, values in enumerate(zip(*steps_TS.tolist(), strict=True)):
+        bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
+        if bad:
+            at = index + 1 - len(window) + place
+            listed = ", ".join(f"{name} {value:.6g}" for name, value in zip(names, values, strict=True))
+            raise ValueError(
+                f"{_step(job, epoch, at)}: {', '.join(bad)} not finite; lower train.learning_rate or raise "
+                f"contrast.temperature\n  terms: {listed}\n{_images(job, epoch, at)}"
+            )
+    means = zip(names, means_T.tolist(), strict=True)
+    return {f"train/{name}": value for name, value in means if name != GRADIENT}
+
+
+def _step(job: Job, epoch: int, index: int) -> str:
+    step = epoch * job.steps_per_epoch + index
+    return f"step {step + 1} of {job.epochs * job.steps_per_epoch} (epoch {epoch + 1})"
+
+
+def _images(job: Job, epoch: int, index: int) -> str:
+    return f"  images of the batch: {', '.join(job.ids(epoch, index)) or 'not known'}"
+
+
+@contextmanager
+def _memory_told(job: Job, epoch: int, index: int, batch: Batch) -> Iterator[None]:
+    """What a batch that does not fit into memory was, and what to do: torch.OutOfMemoryError says both."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        on_cpu = isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error)
+        if not on_cpu and not isinstance(error, torch.OutOfMemoryError):
+            raise
+        images = batch.get("image_N3HW")
+        size = "a batch" if images is None else f"{len(images)} images of {images.shape[3]}x{images.shape[2]} pixels"
+        raise torch.OutOfMemoryError(
+            f"{_step(job, epoch, index)}: out of memory with {size} in each of {world_size()} worker(s). Gradients "
+            "do not depend on runtime.workers or runtime.gpus_per_worker: with others it stays the same trial and goes "
+            "on from its checkpoint; a smaller train.crop_px (the size above) or train.batch_size makes another"
+            f"\n{_images(job, epoch, index)}\n  {error}"
+        ) from error
+
+
+def _all_finite(tensors: Iterable[Tensor]) -> bool:
+    bad = [~torch.isfinite(t).all() for t in tensors if t.is_floating_point()]
+    return not bad or not bool(torch.stack(bad).any())
+
+
+def _check_weights(job: Job, epoch: int) -> None:
+    """ValueError when the last update broke a weight, which no loss has seen yet: a resume would start from it."""
+    if not _all_finite(job.net.state_dict().values()):
+        names = [name for name, value in job.net.state_dict().items() if not _all_finite([value])]
+        index = job.steps_per_epoch - 1
+        raise ValueError(
+            f"{_step(job, epoch, index)}: {len(names)} weight(s) not finite after it, the first is {names[0]}; "
+            f"lower train.learning_rate\n{_images(job, epoch, index)}"
+        )
 
 
 def checkpoints(stage: StageDir) -> list[StoragePath]:
@@ -168,6 +246,8 @@ def _load_newest(job: Job, stage: StageDir, device: torch.device) -> int:
             data.seek(0)
             state = torch.load(data, map_location=device, weights_only=True)
             key, epoch, net, optimizer = (state[name] for name in ("key", "epoch", "net", "optimizer"))
+            if not _all_finite(net.values()):
+                raise BadZipFile("it holds weights that are not finite")
         except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError, BadZipFile) as error:
             print(f"checkpoint {path} is damaged ({type(error).__name__}); taking the one before", flush=True)
             continue

@@ -348,7 +348,7 @@ def test_a_loss_that_is_not_finite_ends_training_with_its_step(tmp_path: Path, s
         for index, batch in enumerate(job.batches(epoch)):
             yield batch if (epoch, index) != (1, 0) else {**batch, "image_N3HW": batch["image_N3HW"] * torch.inf}
 
-    with pytest.raises(ValueError, match=r"step 3: train/loss.* is not finite; lower train.learning_rate"):
+    with pytest.raises(ValueError, match=r"^step 3 of 4 \(epoch 2\): loss, .* not finite; lower train.learning_rate"):
         fit(dataclasses.replace(job, batches=poisoned), folder, cfg.runtime, CPU)
     assert [path.name for path in checkpoints(folder)] == ["epoch-00001.pt"], "the last good state is kept"
 

@@ -157,10 +157,16 @@ class CamLoader:
         """`batch_size` is the global one, over all `world_size` ranks. Raises ValueError as `rank_positions`."""
         self.positions = rank_positions(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
         self.dataset, self.num_workers, self.pin_memory = dataset, num_workers, pin_memory
+        self.batch_size = batch_size
 
     def __len__(self) -> int:
         """Batches of an epoch."""
         return len(self.positions)
+
+    def global_ids(self, epoch: int, index: int) -> list[str]:
+        """Images of a global batch, those of all ranks: the `index`-th of an epoch."""
+        first = index * self.batch_size
+        return [self.dataset.id_at(epoch, position) for position in range(first, first + self.batch_size)]
 
     def epoch(self, epoch: int, *, first_batch: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, from `first_batch` on."""

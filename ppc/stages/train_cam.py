@@ -104,6 +104,7 @@ def make_job(cfg: TrialConfig, dataset: VocLayout, device: torch.device) -> tupl
         steps_per_epoch=len(loader),
         poly_power=cfg.train.poly_power,
         precision=cfg.train.precision,
+        ids=loader.global_ids,
     )
     return job, net
 
