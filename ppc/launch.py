@@ -220,12 +220,14 @@ def _settled(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
     """The rows once the processes of a launch that was just killed are gone.
 
     We hold the study's lock: a trial that runs belongs to such processes, which their cluster ends within seconds, or
-    to another study that shares it, and then it goes on.
+    to another study that shares it, and then it goes on. On another host only the heartbeat tells them apart: one that
+    still beats after `SETTLE_S` is alive, and one that stopped is waited for until it counts as dead.
     """
-    deadline = time.monotonic() + SETTLE_S
+    settled_ms = now_ms() + 1000 * SETTLE_S
     while True:
         rows = read_rows(storage, study)
-        if all(row.state != RUNNING for row in rows) or time.monotonic() >= deadline:
+        running = [storage.trial(row.key).state() for row in rows if row.state == RUNNING]
+        if all(state.get("heartbeat_ms", 0) > settled_ms for state in running):
             return rows
         time.sleep(0.2)
 
