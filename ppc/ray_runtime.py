@@ -34,6 +34,7 @@ from ppc.runtime import (
 
 # A trial's placement group captures what its driver starts; DEFAULT lets it go anywhere in the cluster.
 ANYWHERE = {"scheduling_strategy": "DEFAULT"}
+START_TRIES = 10  # more tries to start the workers of a trial on a cluster that has room for them but is busy
 
 
 class RayRuntime:
@@ -59,10 +60,27 @@ class RayRuntime:
         _get(task.remote(worker, payload, cfg.cpus_per_worker), cfg.max_failures)
 
     def _train_with_ray_train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
+        from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
+        from ray.train.v2.api.exceptions import ControllerError
+
+        # So long Ray Train waits for room to start workers, again after a node died. A busy cluster gets more tries.
+        start_s = max(5.0, cfg.resource_wait_s)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{start_s:g}"
+        for tries_left in range(START_TRIES, -1, -1):
+            try:
+                return self._fit(worker, payload, cfg)
+            except ControllerError as error:
+                one = {"CPU": cfg.cpus_per_worker, "GPU": cfg.gpus_per_worker}
+                wait_for_resources(one, cfg.workers, 0, waited_s=start_s)
+                no_start = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
+                if not tries_left or not isinstance(error.controller_failure, no_start):
+                    raise RuntimeError(f"Ray Train could not run the trial's workers: {error}") from error
+
+    def _fit(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
-        from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
+        from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
         resources = {"CPU": cfg.cpus_per_worker}
         if cfg.gpus_per_worker:
@@ -79,8 +97,8 @@ class RayRuntime:
             run_config=RunConfig(
                 name=name,
                 **ray_storage(self.scratch),
-                # A controller that fails for ever would hang the grid; the default is no limit.
-                failure_config=FailureConfig(max_failures=cfg.max_failures, controller_failure_limit=10),
+                # What keeps workers from starting is looked at here: Ray Train's own tries have no limit by default.
+                failure_config=FailureConfig(max_failures=cfg.max_failures, controller_failure_limit=0),
             ),
         )
         try:
@@ -91,6 +109,8 @@ class RayRuntime:
                 if isinstance(failure, WorkerHealthCheckFailedError):  # its peers raise because of it
                     raise _died(cfg.max_failures, failure) from error
             raise next(iter(error.worker_failures.values())) from error
+        except ControllerError:
+            raise
         except TrainingFailedError as error:
             raise RuntimeError(f"Ray Train could not run the trial's workers: {error}") from error
         if (first := first_raise(raised)) is not None:
@@ -213,10 +233,10 @@ def trial_resources(cfg: RuntimeConfig) -> dict[str, float]:
     return {name: amount for name, amount in resources.items() if amount > 0}
 
 
-def wait_for_resources(one: Mapping[str, float], number: int, wait_s: float) -> None:
+def wait_for_resources(one: Mapping[str, float], number: int, wait_s: float, *, waited_s: float = 0) -> None:
     """Wait until the cluster has room for `number` processes that take `one` each, whoever uses it now.
 
-    ValueError if it never has, in all or on a node.
+    ValueError if it never has, in all or on a node; its text counts what the caller `waited_s` before.
     """
     deadline = time.monotonic() + wait_s
     poll_s = float(os.environ.get("PPC_RESOURCE_POLL_S", "1"))
@@ -224,7 +244,7 @@ def wait_for_resources(one: Mapping[str, float], number: int, wait_s: float) -> 
     while (lack := _lacking(asked, number)) is not None:
         if time.monotonic() >= deadline:
             raise ValueError(
-                f"the trial asks for {lack}, waited {wait_s:g} s (runtime.resource_wait_s); "
+                f"the trial asks for {lack}, waited {waited_s + wait_s:g} s (runtime.resource_wait_s); "
                 "lower runtime.workers, runtime.cpus_per_worker or runtime.gpus_per_worker, or add nodes"
             )
         time.sleep(poll_s)
