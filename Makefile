@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= ppc-storage
 
-.PHONY: setup demo test test-fast check clean
+.PHONY: setup demo test test-hosts test-fast check clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -20,8 +20,11 @@ demo: setup ## generate the data, run the study of K, print its table
 test: setup check ## everything: linters, then all tests
 	$(BIN)/python -m pytest
 
+test-hosts: setup ## a cluster of two hosts made of network namespaces, with kills and a cut cable (root, 8 minutes)
+	$(BIN)/python -m pytest -m hosts
+
 test-fast: setup ## without the tests that start Ray or take long
-	$(BIN)/python -m pytest -m "not ray and not slow"
+	$(BIN)/python -m pytest -m "not ray and not slow and not hosts"
 
 check: setup ## ruff, mypy, import direction
 	$(BIN)/ruff check .

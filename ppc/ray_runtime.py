@@ -93,7 +93,9 @@ class RayRuntime:
             scaling_config=ScalingConfig(
                 num_workers=cfg.workers, use_gpu=cfg.gpus_per_worker > 0, resources_per_worker=resources
             ),
-            torch_config=TorchConfig(backend="nccl" if cfg.gpus_per_worker >= 1 else "gloo", timeout_s=300),
+            torch_config=TorchConfig(
+                backend="nccl" if cfg.gpus_per_worker >= 1 else "gloo", timeout_s=peer_timeout_s()
+            ),
             run_config=RunConfig(
                 name=name,
                 **ray_storage(self.scratch),
@@ -144,6 +146,15 @@ class RayRuntime:
                 ray.cancel(ref, force=False)
 
 
+def peer_timeout_s() -> int:
+    """How long a worker waits for its peers before it raises.
+
+    It bounds what a host that was cut off can hold up: Ray there lives on, and its first worker keeps the lock of the
+    training while it waits for peers. Those that take its place wait for it, later and therefore longer.
+    """
+    return int(os.environ.get("PPC_PEER_TIMEOUT_S", "120"))
+
+
 def ray_storage(path: StoragePath) -> dict[str, Any]:
     """How Ray is told of a folder of storage for its own files: through the very client that we use."""
     if isinstance(path, Path):
@@ -183,6 +194,7 @@ def _train_loop(config: dict[str, Any]) -> None:
     prepare_process(config["cpus"])
     try:
         config["worker"](config["payload"], _device())
+        raise_file(config["raised"], rank).unlink(missing_ok=True)  # by a worker of a host that was cut off
     except Exception as error:
         record_raise(config["raised"], rank, error)
         if dist.is_initialized():

@@ -106,7 +106,7 @@ class Host:
 
     def ppc(self, *words: str, log: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start our command line on this host."""
-        return self.start([sys.executable, "-m", "ppc.cli", *words], log, **environment)
+        return self.start([sys.executable, "-c", "from ppc.cli import main; main()", *words], log, **environment)
 
     def processes(self, word: str = "") -> list[psutil.Process]:
         """What runs on this host and has the word in its title or command line."""
@@ -158,7 +158,8 @@ class Hosts:
         self.environment = {
             **{name: os.environ[name] for name in kept if name in os.environ}, **HEALTH,
             "HOME": str(folder), "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token,
-            "GLOO_SOCKET_IFNAME": "eth0", "OMP_NUM_THREADS": "1", "RAY_USAGE_STATS_ENABLED": "0", "COLUMNS": "200",
+            "GLOO_SOCKET_IFNAME": "eth0", "PPC_PEER_TIMEOUT_S": "30", "OMP_NUM_THREADS": "1",
+            "RAY_USAGE_STATS_ENABLED": "0", "COLUMNS": "200",
             "MLFLOW_DISABLE_TELEMETRY": "true", "DO_NOT_TRACK": "true", "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         self.environment["PATH"] = f"{Path(sys.executable).parent}:{self.environment['PATH']}"
