@@ -17,6 +17,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ppc.names import check_name
 from ppc.places import (
     StoragePath,
     atomic_write,
@@ -288,20 +289,21 @@ class Storage:
         return local_folder(self.root)
 
     def study(self, name: str) -> StudyDir:
-        """Folder of a study."""
-        return StudyDir(self.root / "studies" / name, name)
+        """Folder of a study. ValueError for a name that leads out of it, here and below."""
+        return StudyDir(self.root / "studies" / check_name(name, "study"), name)
 
     def trial(self, key: str) -> TrialDir:
         """Folder of a trial."""
-        return TrialDir(self.root / "trials" / key, key)
+        return TrialDir(self.root / "trials" / check_name(key, "trial"), key)
 
     def stage(self, stage: str, key: str) -> StageDir:
         """Folder of a stage result."""
-        return StageDir(self.root / "stages" / stage / key, stage, key)
+        path = self.root / "stages" / check_name(stage, "stage") / check_name(key, "key of a stage")
+        return StageDir(path, stage, key)
 
     def dataset(self, name: str) -> Path:
         """Folder of a generated dataset: on every node that needs it when the storage is an object store."""
-        return self.here / "data" / name
+        return self.here / "data" / check_name(name, "dataset")
 
     def check_writable(self) -> None:
         """ValueError when nothing can be written here."""

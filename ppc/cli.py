@@ -317,11 +317,12 @@ register(app, study_app)
 def main() -> None:
     """Entry point: what a user can get wrong is one clear message, not a traceback (set PPC_DEBUG=1 for one)."""
     from ppc.mlflow_server import TrackingError
+    from ppc.redact import without_secrets
 
     try:
         app()
     except (ValueError, OSError, ImportError, TrackingError) as error:
         if os.environ.get("PPC_DEBUG"):
             raise
-        print(f"ppc: {error}", file=sys.stderr)
+        print(without_secrets(f"ppc: {error}"), file=sys.stderr)
         sys.exit(2)

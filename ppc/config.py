@@ -304,7 +304,7 @@ class DesignConfig(Section):
 class StudyConfig(Section):
     """Variants x seeds: one ablation table."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(max_length=180, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     note: str = ""
     base: dict[str, Any] = Field(default_factory=dict, description="fields of TrialConfig that all trials share")
     design: DesignConfig

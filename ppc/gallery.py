@@ -13,6 +13,7 @@ from ppc.artifacts import Storage
 from ppc.config import TrialConfig
 from ppc.figures import contact_row, overlay, read_palette_png
 from ppc.ledger import FINISHED, TrialRow
+from ppc.names import check_name
 from ppc.places import atomic_write
 from ppc.stages.make_seeds import read_cam
 from ppc.trial import open_data
@@ -39,7 +40,7 @@ def gallery(storage: Storage, row: TrialRow, image_ids: Sequence[str] = ()) -> P
     image_ids = image_ids or (row.result or {}).get("overlays") or dataset.ids(split)[:1]
     rows = []
     for image_id in image_ids:
-        loaded = read_cam(seeds / "cams" / f"{image_id}.npz")
+        loaded = read_cam(seeds / "cams" / f"{check_name(image_id, 'image')}.npz")
         if loaded is None:
             raise ValueError(
                 f"no CAM of image {image_id} in {seeds.path}; it has those of {', '.join(cfg.seeds.splits)}"

@@ -25,6 +25,7 @@ from ppc.config import StudyConfig, TrialConfig
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
+from ppc.redact import without_secrets
 from ppc.report import build_report, print_report, write_report
 from ppc.resources import change_runtime
 from ppc.runtime import LocalRuntime
@@ -250,7 +251,7 @@ def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_d
                 rt,
             )
         except Exception as error:  # recorded in the trial's error.json; the others go on
-            print(f"{row.label}: {type(error).__name__}: {error}", flush=True)
+            print(without_secrets(f"{row.label}: {type(error).__name__}: {error}"), flush=True)
 
 
 @contextmanager

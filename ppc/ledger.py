@@ -90,8 +90,8 @@ def _row(storage: Storage, entry: dict[str, Any], created_ms: int) -> TrialRow:
         word = INTERRUPTED
     stage = state.get("stage")
     progress = None
-    if word == RUNNING and stage:
-        progress = read_json(storage.stage(stage, state.get("stage_key", "")) / "progress.json")
+    if word == RUNNING and stage and (stage_key := state.get("stage_key")):
+        progress = read_json(storage.stage(stage, stage_key) / "progress.json")
     return TrialRow(
         **{name: entry[name] for name in ("key", "variant", "variant_key", "seed", "factors", "config", "stages")},
         state=word,

@@ -14,9 +14,10 @@ import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from urllib.parse import quote, urlsplit, urlunsplit
+from urllib.parse import quote
 
 from ppc.artifacts import Storage, read_json
+from ppc.redact import safe_uri, without_secrets
 
 DRIVERS = {
     "psycopg2": "psycopg2-binary", "psycopg": "psycopg[binary]", "pymysql": "pymysql", "mysqldb": "mysqlclient",
@@ -61,12 +62,6 @@ def check_uri(uri: str) -> str:
     return uri
 
 
-def safe_uri(uri: str) -> str:
-    """The URI without user and password, fit for files and messages."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
-
-
 def tracking_uri(option: str | None, storage: Storage) -> str:
     """`--tracking`, else MLFLOW_TRACKING_URI, else the storage's own SQLite file; checked and absolute, or `none`."""
     uri = option or os.environ.get("MLFLOW_TRACKING_URI") or default_uri(storage)
@@ -82,7 +77,7 @@ def experiment_id(storage: Storage, study_name: str, uri: str) -> str | None:
 
 def words_of(error: BaseException, uri: str) -> str:
     """One line of an error that is fit for messages: without the URI's password."""
-    lines = str(error).replace(uri, safe_uri(uri)).splitlines() or [""]
+    lines = without_secrets(str(error).replace(uri, safe_uri(uri))).splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:300]}"
 
 

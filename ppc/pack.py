@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from urllib.parse import urlsplit
 
 import ppc
 from ppc.loading import parse
+from ppc.redact import SECRET, safe_uri
 
 MAX_PACK_MIB = 100
 # `/name` is left out at the top of the folder alone: ppc/data is code.
@@ -34,7 +34,6 @@ PASSED_ENV = (
     "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION",
     "AWS_DEFAULT_REGION", "RAY_AUTH_MODE", "PPC_DEBUG",
 )  # fmt: skip
-SECRET = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
@@ -138,7 +137,7 @@ def job_env(options: LaunchOptions, environ: Mapping[str, str]) -> dict[str, str
         passed.pop("MLFLOW_TRACKING_URI", None)
     elif uri and (not uri.startswith(("http://", "https://")) or urlsplit(uri).hostname in LOOPBACK):
         raise ValueError(
-            f"MLFLOW_TRACKING_URI is {_safe(uri)}, which on the cluster means another place than here; "
+            f"MLFLOW_TRACKING_URI is {safe_uri(uri)}, which on the cluster means another place than here; "
             "pass --tracking URI as the cluster sees it (or --tracking none), or unset the variable"
         )
     env = {**JOB_ENV, **passed, **options.env}
@@ -155,14 +154,9 @@ def job_env(options: LaunchOptions, environ: Mapping[str, str]) -> dict[str, str
 def _no_password(name: str, value: str) -> None:
     if "://" in value and "@" in urlsplit(value).netloc:
         raise ValueError(
-            f"{name} {_safe(value)} holds a user or password, which would show in Ray's dashboard; set "
+            f"{name} {safe_uri(value)} holds a user or password, which would show in Ray's dashboard; set "
             "MLFLOW_TRACKING_USERNAME and _PASSWORD (or the keys of the storage) in the environment of the nodes"
         )
-
-
-def _safe(uri: str) -> str:
-    parts = urlsplit(uri)
-    return parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl() if "@" in parts.netloc else uri
 
 
 def is_absolute(path: str) -> bool:

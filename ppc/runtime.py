@@ -8,7 +8,6 @@ function as `function(shared, chunk, device)`: the runtime alone knows which dev
 from __future__ import annotations
 
 import ctypes
-import pickle
 import tempfile
 import time
 import traceback
@@ -23,8 +22,10 @@ import torch
 import torch.distributed as dist
 from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException, spawn
 
+from ppc.artifacts import read_json, write_json
 from ppc.config import RuntimeConfig
-from ppc.places import StoragePath, atomic_write, names_in, read_bytes
+from ppc.places import StoragePath, names_in
+from ppc.redact import without_secrets
 
 TrainWorker = Callable[[Any, torch.device], None]
 MapFunction = Callable[[Any, Sequence[Any], torch.device], Any]
@@ -63,7 +64,7 @@ def remedy(error: BaseException) -> str | None:
     """What a user can do about a trial that was too large for its resources, to end the error's message with."""
     seen: BaseException | None = error
     while seen is not None:
-        if isinstance(seen, torch.OutOfMemoryError):
+        if type(seen).__name__ == "OutOfMemoryError":  # torch's, also when a worker told of it
             return (
                 "give the trial more memory: ppc study resume STUDY --set runtime.workers=2 (halves the batch of a "
                 "worker), or --set runtime.gpus_per_worker=1 (shares its GPU with no other trial)"
@@ -184,30 +185,35 @@ def raise_file(folder: StoragePath, rank: int) -> StoragePath:
 
 
 def record_raise(folder: StoragePath, rank: int, error: Exception) -> None:
-    """Record what a worker raised, for `first_raise`; before its peers can notice that it is gone."""
-    trace = "".join(traceback.format_exception(error))
-    now = time.time_ns()
-    try:
-        blob = pickle.dumps((now, error, trace))
-        pickle.loads(blob)
-    except Exception:  # an error that does not come back as it was: its words do
-        blob = pickle.dumps((now, RuntimeError(f"{type(error).__name__}: {error}"), trace))
-    with suppress(OSError), atomic_write(raise_file(folder, rank)) as handle:  # a full disk must not hide the error
-        handle.write(blob)
+    """Record what a worker raised, for `first_raise`; before its peers can notice that it is gone.
+
+    As text: the folder may be on storage, and nothing is unpickled from there.
+    """
+    record = {
+        "time_ns": time.time_ns(),
+        "type": type(error).__name__,
+        "message": str(error),
+        "value_error": isinstance(error, ValueError),
+        "traceback": without_secrets("".join(traceback.format_exception(error))),
+    }
+    with suppress(OSError):  # a full disk must not hide the error
+        write_json(raise_file(folder, rank), record)
 
 
 def first_raise(folder: StoragePath) -> Exception | None:
     """What was raised first, with the worker's traceback as its cause; None when nothing was recorded.
 
-    The workers that waited for that one raise too, and say nothing of the cause.
+    It has the name and the words of the worker's error, and is a ValueError where that was one. The workers that waited
+    for that one raise too, and say nothing of the cause.
     """
-    found: list[tuple[int, Exception, str]] = []
-    for name in names_in(folder):
-        if name.startswith("raised-"):
-            with suppress(Exception):
-                found.append(pickle.loads(read_bytes(folder / name)))
+    names = [name for name in names_in(folder) if name.startswith("raised-")]
+    found = [record for name in names if isinstance(record := read_json(folder / name), dict)]
     if not found:
         return None
-    _, error, trace = min(found, key=lambda item: item[0])
-    error.__cause__ = RuntimeError(f"in a worker:\n{trace}")
+    first = min(found, key=lambda record: int(record["time_ns"]))
+    kind: type[Exception] = ValueError if first["value_error"] else RuntimeError
+    if first["type"] != kind.__name__:
+        kind = type(str(first["type"]), (kind,), {"__module__": "ppc.worker"})
+    error = kind(str(first["message"]))
+    error.__cause__ = RuntimeError(f"in a worker:\n{first['traceback']}")
     return error

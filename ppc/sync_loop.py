@@ -10,6 +10,7 @@ from typing import Protocol
 
 from ppc.ledger import TrialRow
 from ppc.places import StoragePath
+from ppc.redact import without_secrets
 
 EVERY_S = 3.0
 LONGEST_WAIT_S = 30.0
@@ -71,8 +72,9 @@ class SyncLoop:
         """Begin to send."""
         self._thread.start()
 
-    def finish(self, files: Sequence[StoragePath] = (), *, flush_s: float = FLUSH_S) -> bool:
+    def finish(self, files: Sequence[StoragePath] = (), *, flush_s: float | None = None) -> bool:
         """Send the rest and the files; True when all went. Returns within about `flush_s`, whatever the server does."""
+        flush_s = FLUSH_S if flush_s is None else flush_s
         self._files, self._deadline = list(files), time.monotonic() + flush_s
         self._ending.set()
         self._thread.join(flush_s)
@@ -105,7 +107,7 @@ class SyncLoop:
             send()
         except Exception as error:  # the study goes on, whatever a tracker raises
             self.errors += 1
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            text = without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
             if self.last_error is None and not self._ending.is_set():
                 self._say(f"tracking: {text}; the study goes on, and this is sent later")
             self.last_error = text

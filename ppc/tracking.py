@@ -27,8 +27,9 @@ from ppc import run_record as record
 from ppc.artifacts import StageDir, Storage, content_key, now_ms, read_json, write_json
 from ppc.figures import square
 from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, PENDING, RUNNING, STALE_S, TrialRow, counts, stage_dirs
-from ppc.mlflow_server import QUIET, TrackingError, check_uri, is_server, probe, safe_uri, tracking_uri, words_of
+from ppc.mlflow_server import QUIET, TrackingError, check_uri, is_server, probe, tracking_uri, words_of
 from ppc.places import LockedError, StoragePath, locked, names_in, read_bytes
+from ppc.redact import safe_uri
 from ppc.run_record import Point, is_number, metric_name
 from ppc.sync_loop import NoTracker, SyncLoop, Tracker
 

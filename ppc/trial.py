@@ -22,6 +22,7 @@ from ppc.crf import PRESETS
 from ppc.data import VocLayout, open_dataset
 from ppc.data.check import fingerprint
 from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING
+from ppc.redact import without_secrets
 from ppc.runtime import Runtime, remedy
 from ppc.stages import WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits
 
@@ -252,12 +253,12 @@ def _describe(error: BaseException, state: Mapping[str, Any]) -> dict[str, Any]:
     words = str(error) or type(error).__name__
     return {
         "type": type(error).__name__,
-        "message": words if (hint := remedy(error)) is None else f"{words}; {hint}",
+        "message": without_secrets(words if (hint := remedy(error)) is None else f"{words}; {hint}"),
         "stage": state["stage"],
         "attempt": state["attempt"],
         "host": state["host"],
         "time_ms": now_ms(),
-        "traceback": "".join(traceback.format_exception(error)),
+        "traceback": without_secrets("".join(traceback.format_exception(error))),
     }
 
 

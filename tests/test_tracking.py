@@ -24,12 +24,12 @@ from ppc.mlflow_server import (
     check_uri,
     default_uri,
     experiment_id,
-    safe_uri,
     start_ui,
     study_link,
     tracking_uri,
     ui_command,
 )
+from ppc.redact import safe_uri
 from ppc.run_record import metric_name, new_points
 from ppc.tracking import MlflowTracker, NoTracker, SyncLoop, Tracker, make_tracker
 

@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ppc.names import check_name
+
 # All that a pickled array needs; both names of numpy's core module are in circulation.
 _ARRAY_PARTS = frozenset(
     {
@@ -38,13 +40,17 @@ class DataError(ValueError):
 def parse_id(line: str, path: Path, number: int) -> str:
     """The image id of one line of a list: a bare id, or the first path's name (METHOD 1)."""
     line = line.strip()
+    match = _IMAGE_NAME.fullmatch(line)
+    image_id = match[1] if match else line
     if "/" in line:
         match = _PATH_LINE.search(line)
         if match is None:
             raise DataError(path, f"line {number} has no image id: `{line}`", "write a bare id or `/JPEGImages/ID.jpg`")
-        return match[1]
-    match = _IMAGE_NAME.fullmatch(line)
-    return match[1] if match else line
+        image_id = match[1]
+    try:
+        return check_name(image_id, "image")
+    except ValueError as error:
+        raise DataError(path, f"line {number}: {error}", "rename the image's files and its line") from error
 
 
 class _ArrayUnpickler(pickle.Unpickler):

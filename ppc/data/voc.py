@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ppc.data.labels import DataError, parse_id, read_label_file
+from ppc.names import check_name
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -62,7 +63,7 @@ class VocLayout:
 
     def ids(self, split: str) -> list[str]:
         """Image ids of a split in the list's order; bare ids, PSA lines and IRN's integer ids are understood."""
-        path = self.root / "ImageSets/Segmentation" / f"{split}.txt"
+        path = self.root / "ImageSets/Segmentation" / f"{check_name(split, 'split')}.txt"
         if not path.is_file():
             raise DataError(path, f"no split `{split}`", f"this data set has: {', '.join(self.splits()) or 'none'}")
         try:
@@ -118,6 +119,7 @@ class VocLayout:
         return any((self.root / "JPEGImages" / f"{image_id}{suffix}").is_file() for suffix in IMAGE_SUFFIXES)
 
     def _find(self, folder: str, image_id: str, suffixes: tuple[str, ...], remedy: str) -> Path:
+        check_name(image_id, "image")
         for suffix in suffixes:
             path = self.root / folder / f"{image_id}{suffix}"
             if path.is_file():

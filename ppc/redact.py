@@ -1,0 +1,32 @@
+"""Texts without secrets: what goes into logs, runs, manifests and error files passes through here."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import quote, urlsplit, urlunsplit
+
+# Names of environment variables that hold secrets, such as MLFLOW_TRACKING_PASSWORD and AWS_SECRET_ACCESS_KEY.
+SECRET = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
+HIDDEN = "***"
+SHORTEST = 4  # characters: shorter values are words such as `1`, and replacing them would garble texts
+_LOGIN = re.compile(r"(?<=://)[^\s/?#'\"<>]+@")
+
+
+def safe_uri(uri: str) -> str:
+    """The URI without user and password, fit for files and messages."""
+    parts = urlsplit(uri)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
+
+
+def without_secrets(text: str, environ: Mapping[str, str] | None = None) -> str:
+    """The text with the values of secret environment variables, and logins in URIs, replaced by `***`."""
+    values = {
+        value
+        for name, value in (os.environ if environ is None else environ).items()
+        if SECRET.search(name) and len(value) >= SHORTEST
+    }
+    for value in sorted(values | {quote(value, safe="") for value in values}, key=len, reverse=True):
+        text = text.replace(value, HIDDEN)
+    return _LOGIN.sub(f"{HIDDEN}@", text)
