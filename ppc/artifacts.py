@@ -211,6 +211,19 @@ class StageDir:
         remove_tree(self.path / "checkpoints")  # with what killed writers left there
         return manifest
 
+    def ask_stop(self, why: Mapping[str, Any]) -> None:
+        """Ask whoever trains this stage now to end; `why` is what the trial's state will say of it."""
+        write_json(self.path / "stop.json", dict(why))
+
+    def stop_asked(self) -> dict[str, Any] | None:
+        """Why this stage is to end now; None when nobody asked."""
+        asked = read_json(self.path / "stop.json")
+        return asked if isinstance(asked, dict) else None
+
+    def forget_stop(self) -> None:
+        """Take back what was asked of a trial that is no longer at work here."""
+        (self.path / "stop.json").unlink(missing_ok=True)
+
     @contextmanager
     def lock(self, waiting: Callable[[], None] = lambda: None, poll_s: float = 1.0) -> Iterator[None]:
         """Hold the stage: a second trial that needs it waits here and then finds it done."""

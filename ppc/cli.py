@@ -126,6 +126,7 @@ def study_resume(
     num_cpus: CpusOption = None,
     max_concurrent: ConcurrentOption = None,
     tracking: TrackingOption = None,
+    stopped: Annotated[bool, typer.Option("--stopped", help="Also those stopped early, to their last epoch.")] = False,
 ) -> None:
     """Run the failed and interrupted trials of a study from their last checkpoints, and no other.
 
@@ -134,7 +135,7 @@ def study_resume(
     from ppc.launch import Where, run_study
 
     where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking)
-    raise typer.Exit(run_study(_storage(storage), name, where, console, runtime=sets))
+    raise typer.Exit(run_study(_storage(storage), name, where, console, runtime=sets, stopped=stopped))
 
 
 @study_app.command("status")

@@ -301,6 +301,24 @@ class DesignConfig(Section):
     )
 
 
+class EarlyStopping(Section):
+    """Stop trials that train worse than others did at the same epoch (asynchronous successive halving, ASHA)."""
+
+    metric: str = Field(
+        "train/cls",
+        pattern="^train/",
+        description="what is compared: a loss in the journal of the training, its mean over an epoch",
+    )
+    mode: Literal["min", "max"] = Field("min", description="whether a low or a high value is good")
+    min_epochs: int = Field(1, ge=1, description="epochs that every trial gets; the first comparison is after them")
+    reduction_factor: float = Field(
+        3.0,
+        gt=1,
+        description="at min_epochs times its powers, a trial goes on that is among the best 1/reduction_factor of "
+        "those seen there. The baseline and one seed of every other variant are never stopped: each row keeps a number",
+    )
+
+
 class StudyConfig(Section):
     """Variants x seeds: one ablation table."""
 
@@ -311,4 +329,5 @@ class StudyConfig(Section):
     trial_seeds: list[int] = Field(default=[0], min_length=1, description="seeds of every variant")
     metric: str = Field("mask_miou_train", description="the metric that decides")
     max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as fit the cluster")
+    early_stopping: EarlyStopping | None = Field(None, description="null: every trial trains to its last epoch")
     tiny: dict[str, Any] = Field(default_factory=dict, description="dotted fields that --tiny sets beside its own")

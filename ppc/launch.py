@@ -21,14 +21,15 @@ from rich.console import Console
 
 from ppc import __version__
 from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
-from ppc.config import StudyConfig, TrialConfig
-from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, TrialRow, alive, counts, missing, read_rows
+from ppc.config import EarlyStopping, StudyConfig, TrialConfig
+from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
 from ppc.redact import without_secrets
 from ppc.report import build_report, print_report, write_report
 from ppc.resources import change_runtime
 from ppc.runtime import LocalRuntime
+from ppc.stopping import metric_problem, must_run, no_effect
 from ppc.study import TrialSpec
 from ppc.sync_loop import SyncLoop
 from ppc.tracking import make_tracker
@@ -88,6 +89,8 @@ def define(
         elif metric not in plan.metrics:
             text = f"metric: these stages and splits give no {metric!r}{nearest(metric, plan.metrics)}"
             problems.setdefault(text, []).append(spec.variant)
+        if (problem := metric_problem(study.early_stopping, plan.config)) is not None:
+            problems.setdefault(problem, []).append(spec.variant)
         section = plan.config.data
         place = data_name(section)
         data[place] = {"name": section.name, "root": place, "generated": section.name == "scenes"}
@@ -116,6 +119,7 @@ def define(
         "factors": list(dict.fromkeys(name for spec in specs for name in spec.factors)), "trials": trials,
         "trial_seeds": study.trial_seeds, "data": list(data.values()), "created_ms": now_ms(),
         "code": code_version(), "max_concurrent": study.max_concurrent,
+        "early_stopping": study.early_stopping and study.early_stopping.model_dump(mode="json"),
     }  # fmt: skip
 
 
@@ -177,11 +181,14 @@ def run_study(
     definition: dict[str, Any] | None = None,
     *,
     runtime: Sequence[str] = (),
+    stopped: bool = False,
 ) -> int:
-    """Run the missing trials of a study, then print its table. 0 when all trials have a result, else 1.
+    """Run the missing trials of a study, then print its table. 0 when all trials have a result, or were stopped as the
+    study asks for, else 1.
 
     With a definition that is saved first (a launch); without, the study is as it was saved (a resume), but for
-    `runtime`: overrides (`runtime.workers=2`) of what is still to run. SIGINT and SIGTERM end the trials and no more.
+    `runtime`: overrides (`runtime.workers=2`) of what is still to run. With `stopped` the trials that were stopped
+    early are missing too, and run to the end. SIGINT and SIGTERM end the trials and no more.
     """
     storage.check_writable()
     folder = storage.study(name)
@@ -190,14 +197,16 @@ def run_study(
     with _interruptible(), launch_lock(folder):
         left_out = save(definition, storage) if definition else 0
         study = folder.definition()
-        todo = missing(_settled(storage, study))
+        rows = _settled(storage, study)
+        todo = missing(rows, must_run(rows, study["baseline"]), stopped=stopped)
         if runtime:
-            study = change_runtime(study, [row.key for row in todo], runtime)
-            todo = missing(read_rows(storage, study))
+            keys = {row.key for row in todo}
+            study = change_runtime(study, sorted(keys), runtime)
+            todo = list({row.key: row for row in read_rows(storage, study) if row.key in keys}.values())
         check_current(storage, todo)
         if runtime and todo:
             write_json(folder.path / "study.json", study)
-        _say_plan(console, study, read_rows(storage, study), todo, left_out)
+        _say_plan(console, study, read_rows(storage, study), todo, left_out, where)
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
         with SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
@@ -214,7 +223,7 @@ def run_study(
     print_report(report, console)
     rows = read_rows(storage, study)
     _say_end(console, storage, study, rows, loop, files)
-    return 0 if all(row.state == FINISHED for row in rows) else 1
+    return 0 if all(row.state in (FINISHED, STOPPED) for row in rows) else 1
 
 
 def _settled(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
@@ -238,7 +247,8 @@ def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_d
         from ppc.ray_study import cluster, run_rows  # ray is not needed for a local run
 
         with cluster(where.address, num_cpus=where.num_cpus):
-            run_rows(todo, storage, launch_dir, max_concurrent=where.max_concurrent or study["max_concurrent"])
+            limit = where.max_concurrent or study["max_concurrent"]
+            run_rows(todo, storage, launch_dir, max_concurrent=limit, early=_early(todo, storage, study))
         return
     rt = LocalRuntime(map_processes=os.cpu_count() or 1)
     for row in todo:
@@ -252,6 +262,18 @@ def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_d
             )
         except Exception as error:  # recorded in the trial's error.json; the others go on
             print(without_secrets(f"{row.label}: {type(error).__name__}: {error}"), flush=True)
+
+
+def _early(todo: list[TrialRow], storage: Storage, study: dict[str, Any]) -> Any:
+    """The study's early stopping, or None; what was stopped before and is to run again is never stopped."""
+    from ppc.ray_stopping import Early
+
+    if not study.get("early_stopping"):
+        return None
+    never = frozenset(row.key for row in todo if row.state == STOPPED)
+    return Early(
+        EarlyStopping.model_validate(study["early_stopping"]), read_rows(storage, study), study["baseline"], never
+    )
 
 
 @contextmanager
@@ -300,7 +322,7 @@ def command() -> str:
 
 
 def _say_plan(
-    console: Console, study: dict[str, Any], rows: list[TrialRow], todo: list[TrialRow], left_out: int
+    console: Console, study: dict[str, Any], rows: list[TrialRow], todo: list[TrialRow], left_out: int, where: Where
 ) -> None:
     if left_out:
         text = f"{left_out} trial(s) of an earlier study of this name are not in its file any more; their files stay"
@@ -309,6 +331,8 @@ def _say_plan(
     console.print(
         f"study {study['name']}: {len(rows)} trials ({have}); {len(todo)} to run", highlight=False, markup=False
     )
+    if text := no_effect(study, local=where.local):
+        console.print(text, highlight=False, markup=False)
 
 
 def _say_end(
@@ -324,7 +348,7 @@ def _say_end(
             where = storage.trial(row.key).path / "error.json"
             console.print(f"traceback of {row.label}: {where}", highlight=False, markup=False, soft_wrap=True)
     flag = f" --storage {storage.root}"
-    if any(row.state != FINISHED for row in rows):
+    if any(row.state not in (FINISHED, STOPPED) for row in rows):
         console.print(
             f"run what is missing: {command()} study resume {study['name']}{flag}", highlight=False, markup=False
         )

@@ -16,13 +16,14 @@ HEARTBEAT_S = 5.0
 REMOTE_READERS = 16  # trials read at a time from an object store
 STALE_S = 45.0  # a trial whose heartbeat is older is dead, whatever its state says
 
-PENDING, RUNNING, FINISHED, FAILED, KILLED, INTERRUPTED = (
+PENDING, RUNNING, FINISHED, FAILED, KILLED, INTERRUPTED, STOPPED = (
     "PENDING",
     "RUNNING",
     "FINISHED",
     "FAILED",
     "KILLED",
     "INTERRUPTED",
+    "STOPPED",  # early, by the study's rule: no result, no error, and not missing
 )
 
 
@@ -47,6 +48,7 @@ class TrialRow:
     ended_ms: int | None
     reused: bool  # finished before this study was launched
     same_as: str | None = None  # the variant whose trial this is too: no evidence of its own
+    stopped: dict[str, Any] | None = None  # of a STOPPED trial: epoch, metric, value
 
     @property
     def label(self) -> str:
@@ -78,12 +80,21 @@ def alive(state: dict[str, Any]) -> bool:
     return True
 
 
-def _row(storage: Storage, entry: dict[str, Any], created_ms: int) -> TrialRow:
-    trial = storage.trial(entry["key"])
+def stopped_at(row: TrialRow) -> str:
+    """`epoch 2, train/cls 0.53` of a trial that was stopped early; empty for others."""
+    if row.stopped is None:
+        return ""
+    return f"epoch {row.stopped.get('epoch')}, {row.stopped.get('metric')} {row.stopped.get('value'):.4g}"
+
+
+def _row(storage: Storage, entry: dict[str, Any], study: dict[str, Any]) -> TrialRow:
+    trial, created_ms = storage.trial(entry["key"]), study["created_ms"]
     state, result, error = trial.state(), trial.result(), trial.error()
     word = state.get("state", PENDING)
     if result is not None:
         word = FINISHED
+    elif word == STOPPED and not study.get("early_stopping"):  # by the rule of another study that shares it
+        word = INTERRUPTED
     elif word == FINISHED:  # the result is gone: it has to run again
         word = INTERRUPTED
     elif word == RUNNING and not alive(state):
@@ -104,6 +115,7 @@ def _row(storage: Storage, entry: dict[str, Any], created_ms: int) -> TrialRow:
         ended_ms=state.get("ended_ms"),
         reused=result is not None and result.get("finished_ms", created_ms) < created_ms,
         same_as=entry.get("same_as"),
+        stopped=state.get("stopped") if word == STOPPED else None,
     )
 
 
@@ -111,7 +123,7 @@ def read_rows(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
     """All trials of a study (its `study.json`), in the order of the table."""
 
     def row(entry: dict[str, Any]) -> TrialRow:
-        return _row(storage, entry, study["created_ms"])
+        return _row(storage, entry, study)
 
     if not is_remote(storage.root):
         return [row(entry) for entry in study["trials"]]
@@ -119,11 +131,15 @@ def read_rows(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
         return list(pool.map(row, study["trials"]))
 
 
-def missing(rows: list[TrialRow]) -> list[TrialRow]:
-    """Trials that a launch has to run: all that are neither finished nor at work somewhere, each key once."""
+def missing(rows: list[TrialRow], keep: frozenset[str] = frozenset(), *, stopped: bool = False) -> list[TrialRow]:
+    """Trials that a launch has to run: all that are neither finished nor at work somewhere, each key once.
+
+    One that was stopped early is not among them, unless its key is in `keep` or all `stopped` ones are asked for.
+    """
     found: dict[str, TrialRow] = {}
     for row in rows:
-        if row.state not in (FINISHED, RUNNING):
+        wanted = row.state != STOPPED or stopped or row.key in keep
+        if wanted and row.state not in (FINISHED, RUNNING):
             found.setdefault(row.key, row)
     return list(found.values())
 
@@ -131,4 +147,4 @@ def missing(rows: list[TrialRow]) -> list[TrialRow]:
 def counts(rows: list[TrialRow]) -> dict[str, int]:
     """Trials per state, in a fixed order, states without trials left out."""
     count = Counter(row.state for row in rows)
-    return {s: count[s] for s in (FINISHED, RUNNING, PENDING, INTERRUPTED, KILLED, FAILED) if count[s]}
+    return {s: count[s] for s in (FINISHED, STOPPED, RUNNING, PENDING, INTERRUPTED, KILLED, FAILED) if count[s]}

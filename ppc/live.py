@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 
 from ppc.artifacts import Storage, now_ms
-from ppc.ledger import FAILED, FINISHED, RUNNING, TrialRow, counts, read_rows
+from ppc.ledger import FAILED, FINISHED, RUNNING, STOPPED, TrialRow, counts, read_rows
 from ppc.places import pause_s
 from ppc.report import generated
 from ppc.status import status_lines, status_table
@@ -36,7 +36,7 @@ def time_left_s(rows: list[TrialRow]) -> float | None:
     one_s = fmean(walls) if walls else max(spent[row.key] + stage_left[row.key] for row in running)
     if not walls and not any(stage_left.values()):
         return None
-    waiting = sum(row.state not in (FINISHED, RUNNING, FAILED) for row in rows)
+    waiting = sum(row.state not in (FINISHED, RUNNING, FAILED, STOPPED) for row in rows)
     here = [max(one_s - spent[row.key], stage_left[row.key]) for row in running]
     return max(max(here), (sum(here) + waiting * one_s) / len(running))
 

@@ -105,6 +105,13 @@ METHODS: dict[str, Method] = {
 }
 
 
+def journal_metrics(cfg: TrialConfig) -> list[str]:
+    """Names of the losses that the journal of a trial's training has at every step."""
+    own = ["cls"] if cfg.method.name == "cam" else ["cls", "min_pool", "er", "ecr"]
+    contrast = CONTRAST_TERMS if cfg.contrast.active else ()
+    return [f"train/{name}" for name in ("loss", *own, *contrast)]
+
+
 def build_net(cfg: TrialConfig, num_fg: int, *, pretrained: bool) -> CamNet:
     """The trial's CAM net, initialised from its seed; `pretrained` loads the backbone's weight file."""
     method = METHODS[cfg.method.name]

@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from ppc.runtime import (
     raise_file,
     record_raise,
 )
+from ppc.train import TrainingStopped
 
 # A trial's placement group captures what its driver starts; DEFAULT lets it go anywhere in the cluster.
 ANYWHERE = {"scheduling_strategy": "DEFAULT"}
@@ -40,12 +41,19 @@ START_TRIES = 10  # more tries to start the workers of a trial on a cluster that
 class RayRuntime:
     """Runs a trial's work on the cluster that this process is connected to."""
 
-    def __init__(self, scratch: StoragePath) -> None:
+    def __init__(
+        self, scratch: StoragePath, beside: Callable[[Any], AbstractContextManager[None]] = nullcontext
+    ) -> None:
         self.scratch = scratch  # folder for Ray Train's own files
+        self._beside = beside  # called with a training's payload: what goes on while it runs
 
     def train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
         """See `Runtime.train`."""
         wait_for_resources({"CPU": cfg.cpus_per_worker, "GPU": cfg.gpus_per_worker}, cfg.workers, cfg.resource_wait_s)
+        with self._beside(payload):
+            self._train(worker, payload, cfg)
+
+    def _train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
         several = cfg.workers > 1 or cfg.gpus_per_worker > 0
         if cfg.engine == "train" or (cfg.engine == "auto" and several):
             self._train_with_ray_train(worker, payload, cfg)
@@ -116,6 +124,8 @@ class RayRuntime:
         except TrainingFailedError as error:
             raise RuntimeError(f"Ray Train could not run the trial's workers: {error}") from error
         if (first := first_raise(raised)) is not None:
+            if type(first).__name__ == TrainingStopped.__name__:
+                raise TrainingStopped(str(first))
             raise first
 
     def map(
@@ -195,6 +205,8 @@ def _train_loop(config: dict[str, Any]) -> None:
     try:
         config["worker"](config["payload"], _device())
         raise_file(config["raised"], rank).unlink(missing_ok=True)  # by a worker of a host that was cut off
+    except TrainingStopped as error:  # all workers raise it at the same step
+        record_raise(config["raised"], rank, error)
     except Exception as error:
         record_raise(config["raised"], rank, error)
         if dist.is_initialized():

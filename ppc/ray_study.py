@@ -22,7 +22,9 @@ from ppc.config import TrialConfig
 from ppc.ledger import TrialRow
 from ppc.places import StoragePath
 from ppc.ray_runtime import RayRuntime, ray_storage, trial_resources
+from ppc.ray_stopping import Early, KeepingAsha, reporting
 from ppc.runtime import WorkerDiedError
+from ppc.train import TrainingStopped
 from ppc.trial import record_failure, run_trial
 
 QUIET_ENV = {
@@ -75,13 +77,22 @@ def concurrency(rows: list[TrialRow], limit: int | None) -> int:
     return max(1, min(fits, limit or fits))
 
 
-def run_rows(rows: list[TrialRow], storage: Storage, launch_dir: StoragePath, *, max_concurrent: int | None) -> None:
-    """Run trials of the ledger; returns when each has a result or an error, or when interrupted."""
+def run_rows(
+    rows: list[TrialRow],
+    storage: Storage,
+    launch_dir: StoragePath,
+    *,
+    max_concurrent: int | None,
+    early: Early | None = None,
+) -> None:
+    """Run trials of the ledger; returns when each has a result or an error or was stopped, or when interrupted."""
     trials = {row.key: (row.config, [(s["name"], s["key"]) for s in row.stages]) for row in rows}
     # No CPU: a driver waits while its tasks work. Ray wants some resource, and a driver belongs on the head.
     resources = {"cpu": 0, "node:__internal_head__": 0.001}
     trainable = tune.with_resources(
-        tune.with_parameters(_drive, trials=trials, storage=storage, scratch=launch_dir / "train"),
+        tune.with_parameters(
+            _drive, trials=trials, storage=storage, scratch=launch_dir / "train", metric=early and early.rule.metric
+        ),
         resources,
     )
     tuner = tune.Tuner(
@@ -89,6 +100,7 @@ def run_rows(rows: list[TrialRow], storage: Storage, launch_dir: StoragePath, *,
         param_space={"key": tune.grid_search(list(trials))},
         tune_config=tune.TuneConfig(
             max_concurrent_trials=concurrency(rows, max_concurrent),
+            scheduler=early and KeepingAsha(early, rows, storage),
             reuse_actors=True,
             trial_dirname_creator=lambda trial: trial.trial_id,
         ),
@@ -106,12 +118,17 @@ def run_rows(rows: list[TrialRow], storage: Storage, launch_dir: StoragePath, *,
             record_failure(storage.trial(key), WorkerDiedError(f"the trial's own process died twice: {outcome.error}"))
 
 
-def _drive(config: dict[str, Any], trials: dict[str, Any], storage: Storage, scratch: StoragePath) -> None:
+def _drive(
+    config: dict[str, Any], trials: dict[str, Any], storage: Storage, scratch: StoragePath, metric: str | None
+) -> None:
     """The trial's driver, in a process of its own. Its raise is in the ledger; Tune is told of the end alone."""
     data, stages = trials[config["key"]]
+    rt = RayRuntime(scratch) if metric is None else RayRuntime(scratch, lambda p: reporting(p.folder, metric))
     try:
-        run_trial(TrialConfig.model_validate(data), config["key"], stages, storage, RayRuntime(scratch))
+        run_trial(TrialConfig.model_validate(data), config["key"], stages, storage, rt)
         tune.report({"finished": 1})
+    except TrainingStopped:
+        tune.report({"finished": 0})
     except Exception as error:
         record_failure(storage.trial(config["key"]), error)
         tune.report({"finished": 0})

@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppc.artifacts import Storage, now_ms, write_json
-from ppc.ledger import FINISHED, RUNNING, TrialRow, counts, read_rows
+from ppc.ledger import FINISHED, RUNNING, STOPPED, TrialRow, counts, read_rows, stopped_at
 from ppc.places import StoragePath, atomic_write
 from ppc.study import Row, summarise
 
@@ -49,6 +49,7 @@ class Line:
     baseline: bool
     best: bool
     reused: int  # trials that another study had finished
+    stopped: dict[int, str]  # seed -> epoch and value at which it was stopped early
     same_as: list[str]  # variants whose very trials these are: no evidence of their own
     count: int | None  # images of the metric's split
     protocol: str  # that chose the background score
@@ -130,6 +131,7 @@ def _line(
         bg_score=fmean(scores) if scores else None, trial_s=fmean(times) if times else None, others=others,
         states=counts(list(rows)), baseline=s.variant == baseline, best=best is not None and s.mean == best,
         reused=sum(row.reused for row in rows),
+        stopped={row.seed: stopped_at(row) for row in rows if row.stopped is not None},
         same_as=list(dict.fromkeys(row.same_as for row in rows if row.same_as is not None)),
         count=next((n for n in images if n is not None), None),
         protocol=_distinct(row.config.get("seeds", {}).get("protocol", "?") for row in rows),
@@ -235,10 +237,12 @@ def cells(line: Line, metric: str) -> list[str]:
     else:
         difference = f"{_spread(line.diff_mean, line.diff_std, metric, sign=True)} ({line.pairs} paired)"
     trials = _states(line.states) + (f"; {line.reused} reused" if line.reused else "")
+    trials += "".join(f"; seed {seed} stopped at {text}" for seed, text in line.stopped.items())
     trials += f"; same trial as {', '.join(line.same_as)}" if line.same_as else ""
     score = NONE if line.bg_score is None else f"{line.bg_score:.2f}"
     others = [_spread(mean, std, name) for name, (mean, std) in line.others.items()]
-    figures = [_spread(line.mean, line.std, metric), str(line.n), difference, *others, score]
+    n = f"{line.n} of {sum(line.states.values())}" if line.stopped else str(line.n)
+    figures = [_spread(line.mean, line.std, metric), n, difference, *others, score]
     return [line.variant, *figures, duration(line.trial_s), trials]
 
 
@@ -266,9 +270,14 @@ def _remarks(report: Report) -> list[str]:
     for line in report.lines:
         total.update(line.states)
     at_work = total.pop(RUNNING, 0)
-    missing = total.total() - total[FINISHED]
+    missing = total.total() - total[FINISHED] - total[STOPPED]
     if at_work:
         remarks.append(f"{at_work} trial(s) are at work and in no figure yet.")
+    if total[STOPPED]:
+        remarks.append(
+            f"{total[STOPPED]} trial(s) were stopped early and are in no figure, so the means of their variants are of "
+            f"the seeds that trained better; run them to the end: ppc study resume {report.study} --stopped"
+        )
     if missing:
         remarks.append(f"{missing} trial(s) have no result and are in no figure: ppc study resume {report.study}")
     return [text for remark in remarks for text in (remark, "")]

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 
 from ppc.artifacts import read_journal
 from ppc.config import DataConfig
-from ppc.ledger import TrialRow
+from ppc.ledger import TrialRow, stopped_at
 from ppc.places import StoragePath, size_of
 from ppc.trial import data_name
 
@@ -94,6 +94,8 @@ def trial_tags(row: TrialRow, study: dict[str, Any], host: str | None) -> dict[s
     }  # fmt: skip
     if host:
         tags["ppc.host"] = host
+    if row.stopped is not None:
+        tags["ppc.stopped"] = stopped_at(row)
     if row.reused:
         tags["ppc.reused"] = "true"
     for data in data_of(row, study):

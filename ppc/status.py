@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from rich.table import Table
 from rich.text import Text
 
-from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, TrialRow
+from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, STOPPED, TrialRow, stopped_at
 from ppc.report import align, duration, is_iou, number, one_line
 
 STATUS_COLUMNS = ("trial", "state", "try", "stage", "progress", "left", "result", "error")
-STYLES = {FINISHED: "green", FAILED: "red", KILLED: "red", INTERRUPTED: "yellow"}
+STYLES = {FINISHED: "green", FAILED: "red", KILLED: "red", INTERRUPTED: "yellow", STOPPED: "blue"}
 
 
 def _status_cells(row: TrialRow) -> list[str]:
@@ -25,6 +25,8 @@ def _status_cells(row: TrialRow) -> list[str]:
     metrics = (row.result or {"metrics": {}})["metrics"]
     result = ", ".join(f"{name} {number(value, name)}" for name, value in metrics.items() if is_iou(name))
     state = f"{row.state.lower()} (reused)" if row.reused else row.state.lower()
+    if row.stopped is not None:
+        progress = f"stopped at {stopped_at(row)}"
     stage = "" if row.state == FINISHED else row.stage or ""
     error = one_line(row.error) if row.error else ""
     return [row.label, state, str(row.attempt or ""), stage, progress, left, result, error]

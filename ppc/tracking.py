@@ -26,7 +26,19 @@ from PIL import Image
 from ppc import run_record as record
 from ppc.artifacts import StageDir, Storage, content_key, now_ms, read_json, write_json
 from ppc.figures import square
-from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, PENDING, RUNNING, STALE_S, TrialRow, counts, stage_dirs
+from ppc.ledger import (
+    FAILED,
+    FINISHED,
+    INTERRUPTED,
+    KILLED,
+    PENDING,
+    RUNNING,
+    STALE_S,
+    STOPPED,
+    TrialRow,
+    counts,
+    stage_dirs,
+)
 from ppc.mlflow_server import QUIET, TrackingError, check_uri, is_server, probe, tracking_uri, words_of
 from ppc.places import LockedError, StoragePath, locked, names_in, read_bytes
 from ppc.redact import safe_uri
@@ -36,7 +48,9 @@ from ppc.sync_loop import NoTracker, SyncLoop, Tracker
 __all__ = ["MlflowTracker", "NoTracker", "SyncLoop", "Tracker", "make_tracker"]
 
 BATCH = 1000  # metrics of one request: MLflow's own limit
-RUN_STATUS = {RUNNING: RUNNING, FINISHED: FINISHED, FAILED: FAILED, KILLED: KILLED, INTERRUPTED: KILLED}
+RUN_STATUS = {
+    RUNNING: RUNNING, FINISHED: FINISHED, FAILED: FAILED, KILLED: KILLED, INTERRUPTED: KILLED, STOPPED: KILLED,
+}  # fmt: skip
 EMPTY: dict[str, Any] = {"experiment": None, "note": None, "runs": {}, "launches": {}}
 
 
@@ -243,7 +257,7 @@ class MlflowTracker:
             self._once(launch, f"curve/{variant}", mark, partial(self._log, launch["id"], points))
         if final:
             words = {row.state for row in rows}
-            ended = FINISHED if words == {FINISHED} else FAILED if FAILED in words else KILLED
+            ended = FINISHED if words <= {FINISHED, STOPPED} else FAILED if FAILED in words else KILLED
             if launch.get("ended") != ended:
                 self._mlflow.set_terminated(launch["id"], ended)
                 launch["ended"] = ended

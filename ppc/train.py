@@ -71,6 +71,10 @@ def _no_ids(epoch: int, index: int) -> Sequence[str]:
     return ()
 
 
+class TrainingStopped(Exception):  # noqa: N818 - it is no error
+    """Training was asked to end before its last epoch (`StageDir.ask_stop`): nothing is wrong with it."""
+
+
 @dataclass(frozen=True)
 class Job:
     """What is trained: `losses` gives this worker's share of the loss and of each named term of the global batch.
@@ -94,6 +98,7 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
 
     Stopped after any epoch and started again it ends with the same weights, bit for bit on a CPU. ValueError, naming
     the step, when a loss, a gradient or a weight is not finite: before a checkpoint or a point of that is written.
+    TrainingStopped at the next point of the journal when the stage is asked to stop; checkpoints stay.
     """
     job.net.to(device).train()
     wait_for_workers()  # the first may have waited for another process of this stage: look at checkpoints after that
@@ -104,13 +109,15 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
     progress = Progress(stage / "progress.json", total=job.epochs * job.steps_per_epoch, unit="step")
     try:
         for epoch in range(start, job.epochs):
-            _epoch(job, epoch, journal, progress, runtime, device)
+            stop = _epoch(job, epoch, journal, progress, runtime, device, stage)
             last = epoch + 1 == job.epochs
             if last or (epoch + 1) % runtime.checkpoint_every_epochs == 0:
                 _check_weights(job, epoch)
                 if journal:
                     journal.flush()  # the steps before a checkpoint are not done again
                     save_checkpoint(job, stage, epoch + 1)
+            if stop and not last:
+                raise TrainingStopped(f"asked to stop after epoch {epoch + 1} of {job.epochs}")
     finally:
         if journal:
             journal.close()
@@ -118,9 +125,12 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
 
 
 def _epoch(
-    job: Job, epoch: int, journal: Journal | None, progress: Progress, runtime: RuntimeConfig, device: torch.device
-) -> None:
+    job: Job, epoch: int, journal: Journal | None, progress: Progress, runtime: RuntimeConfig, device: torch.device,
+    stage: StageDir,
+) -> bool:  # fmt: skip
+    """Train one epoch; whether the stage was asked to stop at its end. Asked before, TrainingStopped."""
     window: list[dict[str, Tensor]] = []
+    stop = False
     window_start = time.monotonic()
     parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
     max_step = job.epochs * job.steps_per_epoch
@@ -139,7 +149,7 @@ def _epoch(
         # A share, as the terms are; the maximum, since a sum of squares overflows long before a gradient does.
         window[-1][GRADIENT] = nn.utils.get_total_norm(gradients, math.inf) / world_size()
         if (index + 1) % runtime.log_every_steps == 0 or index + 1 == job.steps_per_epoch:
-            metrics = _window_means(job, epoch, index, window)
+            metrics, stop = _window_means(job, epoch, index, window, rank() == 0 and stage.stop_asked() is not None)
             spent_s = time.monotonic() - window_start
             if journal:
                 lr = job.optimizer.param_groups[0]["lr"]
@@ -150,10 +160,16 @@ def _epoch(
             window, window_start = [], time.monotonic()
         if rank() == 0:
             progress.update(step + 1, epoch=epoch + 1, epochs=job.epochs)
+        if stop and index + 1 < job.steps_per_epoch:
+            raise TrainingStopped(f"asked to stop after step {step + 1} of {max_step}")
+    return stop
 
 
-def _window_means(job: Job, epoch: int, index: int, window: list[dict[str, Tensor]]) -> dict[str, float]:
-    """Means of the terms over the steps of a window, which ends at batch `index` of an epoch, over all workers.
+def _window_means(
+    job: Job, epoch: int, index: int, window: list[dict[str, Tensor]], stop: bool
+) -> tuple[dict[str, float], bool]:
+    """Means of the terms over the steps of a window, which ends at batch `index` of an epoch, over all workers; and
+    whether any of them was asked to stop: they all end at the same step.
 
     The values of each step stay on the device until here, so that no step waits for it. ValueError for the first step
     at which one is not finite; all workers raise it, since all have the same sums.
@@ -161,7 +177,8 @@ def _window_means(job: Job, epoch: int, index: int, window: list[dict[str, Tenso
     names = list(window[0])
     steps_TS = torch.stack([torch.stack([w[name].float() for w in window]) for name in names])
     means_T = torch.stack([row_S.mean() for row_S in steps_TS])
-    sum_over_workers([means_T, steps_TS])
+    asked = torch.full_like(means_T[:1], float(stop))
+    sum_over_workers([means_T, steps_TS, asked])
     for place, values in enumerate(zip(*steps_TS.tolist(), strict=True)):
         bad = [name for name, value in zip(names, values, strict=True) if not math.isfinite(value)]
         if bad:
@@ -172,7 +189,7 @@ def _window_means(job: Job, epoch: int, index: int, window: list[dict[str, Tenso
                 f"contrast.temperature\n  terms: {listed}\n{_images(job, epoch, at)}"
             )
     means = zip(names, means_T.tolist(), strict=True)
-    return {f"train/{name}": value for name, value in means if name != GRADIENT}
+    return {f"train/{name}": value for name, value in means if name != GRADIENT}, bool(asked.item())
 
 
 def _step(job: Job, epoch: int, index: int) -> str:

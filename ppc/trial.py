@@ -21,10 +21,11 @@ from ppc.config import DataConfig, TrialConfig
 from ppc.crf import PRESETS
 from ppc.data import VocLayout, open_dataset
 from ppc.data.check import fingerprint
-from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING
+from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED
 from ppc.redact import without_secrets
 from ppc.runtime import Runtime, remedy
 from ppc.stages import WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits
+from ppc.train import TrainingStopped
 
 
 @dataclass(frozen=True)
@@ -243,6 +244,10 @@ class _State:
             return
         killed = isinstance(error, (KeyboardInterrupt, SystemExit))
         try:
+            if isinstance(error, TrainingStopped):  # nothing is wrong: neither an error nor a result
+                (self._trial.path / "error.json").unlink(missing_ok=True)
+                self.write(state=STOPPED, ended_ms=now_ms())
+                return
             write_json(self._trial.path / "error.json", _describe(error, self._values))
             self.write(state=KILLED if killed else FAILED, ended_ms=now_ms())
         except OSError as second:
@@ -277,7 +282,8 @@ def run_trial(
 ) -> dict[str, Any]:
     """Run what is missing of a trial and write its result; the result when it was there already.
 
-    A raise is recorded in `error.json`, the state becomes FAILED (KILLED for an interrupt), and it is raised again.
+    A raise is recorded in `error.json`, the state becomes FAILED (KILLED for an interrupt), and it is raised again. A
+    training that was asked to stop makes the state STOPPED, which says at which epoch and why.
     """
     trial = storage.trial(key)
     if (result := trial.result()) is not None:
@@ -297,7 +303,12 @@ def run_trial(
                 if manifest is None:
                     start = time.monotonic()
                     inputs = {earlier: folders[earlier] for earlier in inputs_of(name, stages)}
-                    outcome = run_stage(name, cfg, folder, inputs, dataset, rt)
+                    folder.forget_stop()  # of whoever was at work here before
+                    try:
+                        outcome = run_stage(name, cfg, folder, inputs, dataset, rt)
+                    except TrainingStopped:
+                        state.write(stopped=folder.stop_asked())
+                        raise
                     manifest = folder.finish(outcome, wall_s=time.monotonic() - start)
             done.append({"name": name, "key": stage_key, "reused": reused, "wall_s": manifest["wall_s"]})
             _merge(merged, manifest["result"])

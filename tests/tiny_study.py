@@ -18,13 +18,15 @@ QUIET = Console(file=open(os.devnull, "w"))  # lives as long as the tests
 
 def make_study(storage: Storage, name: str = "k", **changes: Any) -> dict[str, Any]:
     """A tiny study of three K and two seeds, saved."""
+    axes = changes.pop("axes", {"contrast.prototype_top_k": changes.pop("k", [0, 4, 32])})
     raw: dict[str, Any] = {
         "name": name,
         "base": {"runtime": changes.pop("runtime", {}), "train": changes.pop("train", {})},
-        "design": {"kind": "grid", "axes": {"contrast.prototype_top_k": changes.pop("k", [0, 4, 32])}},
+        "design": {"kind": "grid", "axes": axes},
         "trial_seeds": changes.pop("seeds", [0, 1]),
         "tiny": changes.pop("tiny", {}),
         "metric": changes.pop("metric", "mask_miou_train"),
+        "early_stopping": changes.pop("early_stopping", None),
     }
     assert not changes
     study = StudyConfig.model_validate(raw)
