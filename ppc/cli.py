@@ -95,24 +95,34 @@ def study_launch(
 ) -> None:
     """Run all trials of a study that have no result yet. Launching again goes on where it stopped."""
     from ppc.config import TrialConfig
-    from ppc.launch import Where, define
+    from ppc.launch import Where, define, define_search
     from ppc.loading import load_study
-    from ppc.study import baseline, expand
+    from ppc.search import describe, shrunk, start
+    from ppc.study import baseline, expand, shared_base
     from ppc.trial import check_trial
 
     study = load_study(file, overrides=sets)
     if tiny:
-        study = study.model_copy(update={"name": f"{study.name}-tiny"})
+        study = shrunk(study).model_copy(update={"name": f"{study.name}-tiny"})
     of_trial = [item for item in sets if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
     specs = expand(study, overrides=of_trial, tiny=tiny, check=check_trial)
+    searched = study.design.kind == "search"
+    base = shared_base(study, overrides=of_trial, tiny=tiny)
     if dry_run:
+        if searched:
+            console.print("\n".join(describe(study)), highlight=False, markup=False, soft_wrap=True)
+            search = start(study, base, None)
+            specs = search.specs(search.rounds[0])
         for spec in specs:
             factors = ", ".join(f"{path}={value}" for path, value in spec.factors.items())
             console.print(f"{spec.variant}  seed {spec.seed}  {factors}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"{len(specs)} trials", highlight=False, markup=False)
         return
     store = _storage(storage)
-    definition = define(study, specs, baseline(study, specs), store)
+    if searched:
+        definition = define_search(study, base, store)
+    else:
+        definition = define(study, specs, baseline(study, specs), store)
     _run_defined(definition, store, Where(local, address, num_cpus, max_concurrent, "none" if local else tracking))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 Fraction = float
 STAGE_NAMES = ("train_cam", "make_seeds", "refine_crf", "evaluate")
@@ -287,11 +287,55 @@ class Variant(Section):
     set: dict[str, Any] = Field(default_factory=dict, description="dotted field -> value")
 
 
+class AxisRange(Section):
+    """All numbers from low to high, both included; whole ones where the field is a whole number."""
+
+    low: int | float
+    high: int | float
+    log: bool = Field(False, description="drawn on a logarithmic scale")
+    step: int | float | None = Field(None, gt=0, description="distance of the values; null: 1, or any number")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AxisRange:
+        if self.low >= self.high:
+            raise ValueError(f"low should be below high, got {self.low} and {self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("a log range should have low above 0 and no step")
+        steps = (self.high - self.low) / (self.step or 1)
+        if self.step is not None and abs(steps - round(steps)) > 1e-8:
+            raise ValueError(f"high should be some steps of {self.step} above low {self.low}, got {self.high}")
+        return self
+
+
+def _axis_kind(value: Any) -> str:
+    meant = isinstance(value, AxisRange) or (isinstance(value, dict) and bool({"low", "high"} & value.keys()))
+    return "range" if meant else "values"
+
+
+Axis = Annotated[
+    Annotated[list[Any], Tag("values")] | Annotated[AxisRange, Tag("range")],
+    Discriminator(_axis_kind),
+]
+
+
+class SearchConfig(Section):
+    """Variants that a sampler proposes, a batch at a time, from the results of the batches before (Optuna)."""
+
+    num_variants: int = Field(ge=1, description="proposals in all, beside the base")
+    batch: int = Field(4, ge=1, description="proposals a round; a round starts when all trials before it have ended")
+    sampler: Literal["tpe", "random"] = Field("tpe", description="tpe draws at random until it has 10 results")
+    sampler_seed: int = Field(0, ge=0, description="seed of the proposals; not the trials' seed")
+    direction: Literal["maximize", "minimize"] = Field("maximize", description="whether the study's metric should grow")
+
+
 class DesignConfig(Section):
     """How a study's variants come from its base trial."""
 
-    kind: Literal["grid", "one_factor", "leave_one_out", "ladder", "list"]
-    axes: dict[str, list[Any]] = Field(default_factory=dict, description="grid, one_factor: dotted field -> values")
+    kind: Literal["grid", "one_factor", "leave_one_out", "ladder", "list", "search"]
+    axes: dict[str, Axis] = Field(
+        default_factory=dict, description="grid, one_factor, search: dotted field -> values; search: or a range"
+    )
+    search: SearchConfig | None = Field(None, description="search: how many variants, and who proposes them")
     variants: list[Variant] = Field(
         default_factory=list, description="list, ladder (steps), leave_one_out (components)"
     )

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,9 @@ from ppc.redact import without_secrets
 from ppc.report import build_report, print_report, write_report
 from ppc.resources import change_runtime
 from ppc.runtime import LocalRuntime
+from ppc.search import Search, next_round, start
 from ppc.stopping import metric_problem, must_run, no_effect
-from ppc.study import TrialSpec
+from ppc.study import BASE, TrialSpec
 from ppc.sync_loop import SyncLoop
 from ppc.tracking import make_tracker
 from ppc.trial import Planner, data_name, nearest, run_trial
@@ -123,6 +124,33 @@ def define(
     }  # fmt: skip
 
 
+def define_search(study: StudyConfig, base: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
+    """`define` for a design of kind search: its first round, and the rounds that an earlier launch of it has made."""
+    before = read_json(storage.study(study.name).path / "study.json")
+    search = start(study, base, before.get("search") if isinstance(before, dict) else None)
+    made = [changes for one in search.rounds for changes in one]
+    return {**define(study, search.specs(made), BASE, storage), "search": search.dump()}
+
+
+def _next_round(storage: Storage, study: dict[str, Any], console: Console) -> list[TrialRow]:
+    """The trials of a search's next round, added to `study.json` and to `study`; none when there is no other round."""
+    if "search" not in study:
+        return []
+    search = Search.load(study["search"])
+    while changes := next_round(search, read_rows(storage, study)):
+        search.rounds.append(changes)
+        more = define(search.study, search.specs(changes), BASE, storage)["trials"]
+        fresh = {**study, "trials": study["trials"] + more, "search": search.dump()}
+        write_json(storage.study(study["name"]).path / "study.json", fresh)
+        study.update(fresh)  # the tracker and the live table look at this very object
+        names = "; ".join(dict.fromkeys(trial["variant"] for trial in more))
+        console.print(f"round {len(search.rounds) - 1}: {names}", highlight=False, markup=False, soft_wrap=True)
+        keys = {trial["key"] for trial in more}
+        if todo := [row for row in missing(read_rows(storage, study)) if row.key in keys]:
+            return todo  # else all were finished before, in another study
+    return []
+
+
 def save(definition: dict[str, Any], storage: Storage) -> int:
     """Write `study.json`; how many trials of an earlier study of that name are no longer part of it.
 
@@ -210,13 +238,18 @@ def run_study(
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
         with SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
-            if todo:
+            while todo or (todo := _next_round(storage, study, console)):
+                ended = False
                 with LiveStatus(storage, study, console):
                     try:
                         _run(todo, storage, study, launch_dir, where)
+                        ended = True
                     except KeyboardInterrupt:
                         print("interrupted: trials stop; what they finished stays", flush=True)
                 _mark_killed(storage, todo)
+                if not ended:
+                    break
+                todo = []
             report = build_report(storage, name)
             files = write_report(report, folder.path / "report")
             loop.finish(files)

@@ -309,8 +309,9 @@ def _remember(config: BaseModel, raw: Any) -> BaseModel:
         value, given = getattr(config, name), raw.get(name)
         if isinstance(value, BaseModel) and isinstance(given, Mapping):
             update[name] = _remember(value, given)
-        elif isinstance(value, dict) and isinstance(given, Raw):
-            update[name] = given
+        elif isinstance(value, dict) and isinstance(given, Raw):  # a range of an axis is a model by now
+            read = {key: item if isinstance(item, BaseModel) else given[key] for key, item in value.items()}
+            update[name] = Raw(read, given.origin)
         elif isinstance(value, list) and isinstance(given, list):
             pairs = zip(value, given, strict=True)
             update[name] = [

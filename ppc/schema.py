@@ -102,10 +102,10 @@ def fields(model: Model = TrialConfig) -> dict[str, FieldInfo]:
 
 
 def model_at(model: Model, loc: tuple[Any, ...]) -> Model | None:
-    """The model of the section at a place, None where there is none; positions in lists are skipped."""
+    """The model of the section at a place, None where there is none; positions and dotted names are skipped."""
     at: Model | None = model
     for part in loc:
-        if isinstance(part, str) and at is not None:
+        if isinstance(part, str) and "." not in part and at is not None:
             field = at.model_fields.get(part)
             at = model_in(field.annotation) if field is not None else None
     return at
@@ -297,7 +297,8 @@ def study_schema() -> dict[str, Any]:
     trial["properties"]["extends"] = _EXTENDS
     refs = _field_refs(TrialConfig, "TrialConfig")
     refs.pop("seed")  # the seeds of a study are its trial_seeds
-    axes = {name: {"type": "array", "minItems": 1, "items": ref} for name, ref in refs.items()}
+    span = {"$ref": "#/$defs/AxisRange"}
+    axes = {name: {"anyOf": [{"type": "array", "minItems": 1, "items": ref}, span]} for name, ref in refs.items()}
     defs["TrialConfig"] = trial
     defs["Fields"] = _closed(refs, "dotted field of a trial -> value")
     defs["Axes"] = _closed(axes, "dotted field of a trial -> values")

@@ -12,6 +12,7 @@ from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
+from ppc.axes import axis_values, check_axes, check_change, check_search
 from ppc.config import DesignConfig, StudyConfig, TrialConfig, Variant
 from ppc.loading import Override, get, override_all, place
 from ppc.loading import tiny as shrink
@@ -64,43 +65,19 @@ def _name(values: Mapping[str, Any], axes: Iterable[str]) -> str:
 # -- designs
 
 
-def _check_change(path: str, value: Any, where: str) -> Problem | None:
-    if path == "seed":
-        return Problem(where, path, "is not varied by a design; list the seeds under `trial_seeds`")
-    if isinstance(value, Mapping):
-        return Problem(where, path, "should be a value or a list; a group of fields is a variant of a `list` design")
-    return check_path(path, where)
-
-
-def _check_axes(design: DesignConfig, overridden: Iterable[str]) -> Iterator[Problem]:
-    for path, values in design.axes.items():
-        where = origin_of(design.axes, [path])
-        if not values:
-            yield Problem(where, f"design.axes.{path}", "the axis has no values")
-        if path.startswith("runtime."):
-            yield Problem(
-                where, path, "cannot be an axis: `runtime` never changes a number, so trials would be the same"
-            )
-        elif path in overridden and design.kind == "grid":
-            yield Problem(where, path, "is an axis of this study, so an override of it would have no effect")
-        for value in values or [None]:
-            if (problem := _check_change(path, value, where)) is not None:
-                yield problem
-                break
-
-
 def _check_design(design: DesignConfig, overridden: Iterable[str]) -> Iterator[Problem]:
     """What is wrong with a design before any variant is built."""
-    by_axes = design.kind in ("grid", "one_factor")
+    by_axes = design.kind in ("grid", "one_factor", "search")
     wanted, other = ("axes", "variants") if by_axes else ("variants", "axes")
     if not getattr(design, wanted):
         yield Problem("", f"design.{wanted}", f"a design of kind {design.kind} needs {wanted}")
     if getattr(design, other):
         yield Problem("", f"design.{other}", f"a design of kind {design.kind} has no {other}, it has {wanted}")
-    yield from _check_axes(design, overridden)
+    yield from check_search(design)
+    yield from check_axes(design, overridden)
     for i, variant in enumerate(design.variants):
         for path, value in variant.set.items():
-            if (problem := _check_change(path, value, origin_of(variant.set, [path]))) is not None:
+            if (problem := check_change(path, value, origin_of(variant.set, [path]))) is not None:
                 yield Problem(problem.where, f"design.variants.{i} ({variant.name}): {path}", problem.text)
     wheres = [(f"design.exclude.{i}", entry) for i, entry in enumerate(design.exclude)]
     if isinstance(design.baseline, Mapping):
@@ -124,10 +101,11 @@ def _drafts(design: DesignConfig) -> list[_Draft]:
     """The variants of a design, in order, before `exclude`."""
     origins = {path: origin_of(design.axes, [path]) for path in design.axes}
     if design.kind == "grid":
-        points = [dict(zip(design.axes, values, strict=True)) for values in product(*design.axes.values())]
+        all_values = product(*map(axis_values, design.axes.values()))
+        points = [dict(zip(design.axes, values, strict=True)) for values in all_values]
         return [_Draft(_name(point, design.axes), point, origins) for point in points]
-    if design.kind == "one_factor":
-        points = [{path: value} for path, values in design.axes.items() for value in values]
+    if design.kind in ("one_factor", "search"):  # a search begins with its base; here its axes are looked at
+        points = [{path: value} for path, axis in design.axes.items() for value in axis_values(axis)]
         return [_Draft(BASE, {}, {}), *(_Draft(_name(p, design.axes), p, origins) for p in points)]
     if design.kind == "leave_one_out":
         return [_Draft(FULL, {}, {}), *map(_of_variant, design.variants)]
@@ -159,7 +137,7 @@ def _resolve(drafts: list[_Draft], base: Raw, where: str, check: Check | None = 
 
 def _sound(draft: _Draft) -> _Draft:
     """The same draft without the changes that `_check_design` has found fault with."""
-    changes = {p: v for p, v in draft.changes.items() if _check_change(p, v, "") is None}
+    changes = {p: v for p, v in draft.changes.items() if check_change(p, v, "") is None}
     return _Draft(draft.name, changes, draft.origins)
 
 
@@ -224,7 +202,7 @@ def _seed_problems(study: StudyConfig) -> Iterator[Problem]:
 
 
 def _finish(drafts: list[_Draft], study: StudyConfig) -> list[TrialSpec]:
-    paths = list(dict.fromkeys(path for draft in drafts for path in draft.changes))
+    paths = list(dict.fromkeys([*study.design.axes, *(path for draft in drafts for path in draft.changes)]))
     specs = []
     for draft in drafts:
         assert draft.config is not None
@@ -236,7 +214,7 @@ def _finish(drafts: list[_Draft], study: StudyConfig) -> list[TrialSpec]:
 
 def _varied(design: DesignConfig, base: Raw) -> dict[str, list[Any]]:
     """The fields that a design varies, each with all values that it takes: the base's too, but in a grid."""
-    varied: dict[str, list[Any]] = {path: list(values) for path, values in design.axes.items()}
+    varied: dict[str, list[Any]] = {path: list(axis_values(axis)) for path, axis in design.axes.items()}
     for variant in design.variants:
         for path, value in variant.set.items():
             varied.setdefault(path, []).append(value)
@@ -246,6 +224,30 @@ def _varied(design: DesignConfig, base: Raw) -> dict[str, list[Any]]:
     return varied
 
 
+def _searched(drafts: list[_Draft], base: Raw, where: str, check: Check | None) -> list[_Draft]:
+    """The base of a search, once every value and every end of a range was tried; values may need each other, so what
+    `check` says of one alone is told for the base only."""
+    problems = _resolve(drafts, base, where) or _resolve(drafts[:1], base, where, check)
+    if problems:
+        raise ConfigError(problems)
+    return drafts[:1]
+
+
+def proposed(
+    study: StudyConfig, base: Raw, changes: Mapping[str, Any], check: Check | None = None
+) -> list[TrialSpec] | list[Problem]:
+    """The trials of one variant of a search, or what is wrong with it."""
+    draft = _Draft(BASE if not changes else _name(changes, study.design.axes), dict(changes), {})
+    return _resolve([draft], base, f"study {study.name}", check) or _finish([draft], study)
+
+
+def shared_base(study: StudyConfig, *, overrides: Sequence[Override] = (), tiny: bool = False) -> Raw:
+    """The base of all trials with --tiny and overrides, as `expand` takes it."""
+    base = Raw(study.base)
+    varied = _varied(study.design, base)
+    return override_all(shrink(base, study.tiny, keep=varied) if tiny else base, overrides)
+
+
 def expand(
     study: StudyConfig, *, overrides: Sequence[Override] = (), tiny: bool = False, check: Check | None = None
 ) -> list[TrialSpec]:
@@ -253,14 +255,13 @@ def expand(
 
     Order of precedence, lowest first: base, --tiny (but for the fields that the design varies), the study's `tiny`,
     overrides, the design. `check` gives the (dotted path, problem) pairs that only layers above know of, such as a
-    backbone that is not registered.
+    backbone that is not registered. Of a search these are the trials of its base, with which it begins.
     """
     design, base, where = study.design, Raw(study.base), f"study {study.name}"
     overridden = [item.partition("=")[0].strip() if isinstance(item, str) else item[0] for item in overrides]
     problems = [*_seed_problems(study), *_check_design(design, overridden)]
     try:
-        varied = _varied(design, base)
-        base = override_all(shrink(base, study.tiny, keep=varied) if tiny else base, overrides)
+        base = shared_base(study, overrides=overrides, tiny=tiny)
     except ConfigError as error:
         problems += error.problems
     drafts = _drafts(design)
@@ -269,6 +270,8 @@ def expand(
             problems + _resolve([_sound(draft) for draft in drafts or [_Draft(BASE, {}, {})]], base, where)
         )
     _resolve(drafts, base, where)
+    if design.kind == "search":
+        return _finish(_searched(drafts, base, where, check), study)
     if design.kind == "one_factor":  # the base's own values are not repeated
         drafts = [d for d in drafts if d.name == BASE or d.config is None or d.config != drafts[0].config]
     drafts, problems = _excluded(drafts, design)
