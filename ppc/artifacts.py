@@ -143,13 +143,26 @@ def read_journal(path: StoragePath, offset: int = 0) -> tuple[list[dict[str, Any
 class Progress:
     """How far a stage has come, in `progress.json`; written at most twice a second, less often to an object store.
 
-    `spent_s` is the time at work from the making of this object, on top of that of earlier attempts.
+    `spent_s` is the time at work from the making of this object, on top of that of earlier attempts. So are `cpu_s`
+    and `gpu_s`, what that work took: either `cpus` and `gpus` are held all the time, or `used` tells the seconds of
+    both so far.
     """
 
-    def __init__(self, path: StoragePath, *, total: int, unit: str) -> None:
+    def __init__(
+        self,
+        path: StoragePath,
+        *,
+        total: int,
+        unit: str,
+        cpus: float = 0.0,
+        gpus: float = 0.0,
+        used: Callable[[], tuple[float, float]] | None = None,
+    ) -> None:
         self.path, self.total, self.unit = path, total, unit
-        self._before_s = spent_s(path) or 0.0
+        self._before_s, self._before_used = spent_s(path) or 0.0, used_s(path)
         self._started = time.monotonic()
+        self._held, self._used = (cpus, gpus), used
+        self._used_first = used() if used else (0.0, 0.0)
         self._first: int | None = None
         self._written = 0.0
 
@@ -165,10 +178,24 @@ class Progress:
         left_s = (self.total - done) / rate if rate > 0 else None
         value = {
             "done": done, "total": self.total, "unit": self.unit, "left_s": left_s, "t": now_ms(),
-            "spent_s": self._before_s + now_s, **extra,
+            "spent_s": self._before_s + now_s, **self._cost(now_s), **extra,
         }  # fmt: skip
         with suppress(OSError):
             write_json(self.path, value, durable=False)
+
+    def _cost(self, now_s: float) -> dict[str, float]:
+        if self._used is None:
+            new = [now_s * held for held in self._held]
+        else:
+            new = [now - first for now, first in zip(self._used(), self._used_first, strict=True)]
+        return {"cpu_s": self._before_used[0] + new[0], "gpu_s": self._before_used[1] + new[1]}
+
+
+def used_s(path: StoragePath) -> tuple[float, float]:
+    """CPU and GPU seconds of a `progress.json`, over all attempts; zeros when they are not there."""
+    progress = read_json(path)
+    values = progress if isinstance(progress, dict) else {}
+    return float(values.get("cpu_s") or 0.0), float(values.get("gpu_s") or 0.0)
 
 
 def spent_s(path: StoragePath) -> float | None:
@@ -194,18 +221,28 @@ class StageDir:
         done = isinstance(manifest, dict) and manifest.get("key") == self.key and "result" in manifest
         return manifest if done else None
 
-    def finish(self, result: Mapping[str, Any], *, wall_s: float) -> dict[str, Any]:
+    def finish(
+        self,
+        result: Mapping[str, Any],
+        *,
+        wall_s: float,
+        trial: str | None = None,
+        ran: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Declare the stage done. Nothing in the folder changes afterwards, but that checkpoints go: not before, for
         a kill in between must not cost the training.
 
         The manifest's `wall_s` is the time at work over all attempts, as `Progress` saw it: from the first step of
         training, or from the first request for the tasks of a per-image stage (on a busy cluster these wait for CPUs).
-        The given `wall_s` is for a stage without progress.
+        The given `wall_s` is for a stage without progress. `cost` has the CPU and GPU seconds of that work, `ran` what
+        the last attempt ran with, and `trial` the key of the trial that pays for it: the others reuse it.
         """
         spent = spent_s(self.path / "progress.json")
+        cpu_s, gpu_s = used_s(self.path / "progress.json")
         manifest = {
             "stage": self.stage, "key": self.key, "result": dict(result),
-            "wall_s": wall_s if spent is None else spent, "finished_ms": now_ms(),
+            "wall_s": wall_s if spent is None else spent, "cost": {"cpu_s": cpu_s, "gpu_s": gpu_s},
+            "ran": dict(ran or {}), "trial": trial, "finished_ms": now_ms(),
         }  # fmt: skip
         write_json(self.path / "manifest.json", manifest)
         remove_tree(self.path / "checkpoints")  # with what killed writers left there

@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ppc.cli_jobs import register
+from ppc.cli_jobs import ask_head, at_job_server, refuse_cluster, refuse_job_server, register, resume_there
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 study_app = typer.Typer(help="Launch, watch and resume studies.", no_args_is_help=True)
@@ -25,6 +25,16 @@ console = Console()
 StorageOption = Annotated[
     str,
     typer.Option("--storage", envvar="PPC_STORAGE", help="Folder or s3://bucket/prefix that holds all of a project."),
+]
+OptionalStorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage", envvar="PPC_STORAGE", help="As for launch; with a job server: by default that of the last job."
+    ),
+]
+ServerOption = Annotated[
+    str | None,
+    typer.Option("--address", envvar="PPC_ADDRESS", help="Job server (http://HEAD:8265): ask it, not this machine."),
 ]
 SetOption = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; repeatable.")]
 RuntimeSetOption = Annotated[
@@ -65,6 +75,7 @@ def run(
     tracking: TrackingOption = None,
 ) -> None:
     """Run one trial: a study of one row."""
+    refuse_job_server(address, "ppc submit FILE")
     from ppc.config import DesignConfig, StudyConfig, Variant
     from ppc.launch import Where, define
     from ppc.loading import load_trial
@@ -94,6 +105,7 @@ def study_launch(
     tracking: TrackingOption = None,
 ) -> None:
     """Run all trials of a study that have no result yet. Launching again goes on where it stopped."""
+    refuse_job_server(address, f"ppc submit {file}")
     from ppc.config import TrialConfig
     from ppc.launch import Where, define, define_search
     from ppc.loading import load_study
@@ -129,37 +141,50 @@ def study_launch(
 @study_app.command("resume")
 def study_resume(
     name: str,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: OptionalStorageOption = None,
     sets: RuntimeSetOption = [],  # noqa: B006
     local: LocalOption = False,
-    address: AddressOption = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Ray cluster to join, `auto`, or a job server (http://HEAD:8265) to send this to."),
+    ] = None,
     num_cpus: CpusOption = None,
     max_concurrent: ConcurrentOption = None,
     tracking: TrackingOption = None,
     stopped: Annotated[bool, typer.Option("--stopped", help="Also those stopped early, to their last epoch.")] = False,
+    follow: Annotated[bool, typer.Option("-f", "--follow", help="Job server: print the job's log to its end.")] = False,
 ) -> None:
     """Run the failed and interrupted trials of a study from their last checkpoints, and no other.
 
     Exit code 1 when one has no result. With other resources they stay the same trials: --set runtime.workers=2.
     """
+    if at_job_server(address):
+        words = [word for item in sets for word in ("--set", item)] + (["--stopped"] if stopped else [])
+        raise resume_there(name, str(address), storage, words, max_concurrent, tracking, follow)
     from ppc.launch import Where, run_study
 
     where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking)
-    raise typer.Exit(run_study(_storage(storage), name, where, console, runtime=sets, stopped=stopped))
+    raise typer.Exit(
+        run_study(_storage(storage or DEFAULT_STORAGE), name, where, console, runtime=sets, stopped=stopped)
+    )
 
 
 @study_app.command("status")
 def study_status(
     name: str,
-    storage: StorageOption = DEFAULT_STORAGE,
+    storage: OptionalStorageOption = None,
     watch: Annotated[bool, typer.Option("--watch", help="Again and again, until no trial runs.")] = False,
+    address: ServerOption = None,
 ) -> None:
     """Trials x state, stage, progress and error. Exit code 1 when a trial failed."""
+    refuse_cluster(address)
+    if at_job_server(address):
+        raise ask_head(name, ["study", "status", name, *(["--watch"] if watch else [])], str(address), storage)
     from ppc.ledger import FAILED, RUNNING, counts, read_rows
     from ppc.report import generated
     from ppc.status import status_lines, status_table
 
-    store = _storage(storage)
+    store = _storage(storage or DEFAULT_STORAGE)
     study = store.study(name).definition()
     while True:
         rows = read_rows(store, study)
@@ -184,12 +209,37 @@ def study_status(
     raise typer.Exit(1 if any(row.state == FAILED for row in rows) else 0)
 
 
+@study_app.command("list")
+def study_list(
+    storage: OptionalStorageOption = None,
+    address: ServerOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON, times in unix ms.")] = False,
+) -> None:
+    """All studies of a storage: trials per state, hours, dates, the best variant so far."""
+    refuse_cluster(address)
+    if at_job_server(address):
+        raise ask_head(None, ["study", "list", *(["--json"] if as_json else [])], str(address), storage)
+    import json
+
+    from ppc.overview import as_data, overview_lines, overviews
+
+    store = _storage(storage or DEFAULT_STORAGE)
+    found = overviews(store)
+    if as_json:
+        print(json.dumps(as_data(found), indent=1))
+    else:
+        print(*(overview_lines(found) if found else [f"no study in {store.root}"]), sep="\n")
+
+
 @app.command()
-def report(name: str, storage: StorageOption = DEFAULT_STORAGE) -> None:
+def report(name: str, storage: OptionalStorageOption = None, address: ServerOption = None) -> None:
     """Print the table of a study and write it as Markdown, CSV and JSON."""
+    refuse_cluster(address)
+    if at_job_server(address):
+        raise ask_head(name, ["report", name], str(address), storage)
     from ppc.report import build_report, print_report, write_report
 
-    store = _storage(storage)
+    store = _storage(storage or DEFAULT_STORAGE)
     built = build_report(store, name)
     files = write_report(built, store.study(name).path / "report")
     print_report(built, console)

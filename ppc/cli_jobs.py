@@ -1,4 +1,9 @@
-"""Commands that talk to a cluster's job server. Thin, as `cli.py`."""
+"""Commands that talk to a cluster's job server. Thin, as `cli.py`.
+
+`--address` of a command that looks at a study or resumes it is one of two things. `http://HEAD:8265` is a job server:
+the command runs on the head, for a machine that sees neither the cluster's network nor its storage. `auto` or
+`HOST:PORT` is a Ray cluster that this process joins, so it has to run on one of the cluster's machines.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +24,59 @@ RemoteStorageOption = Annotated[
 ]
 
 
+def at_job_server(address: str | None) -> bool:
+    """Whether an address names a job server, and not a Ray cluster to join."""
+    return address is not None and address.startswith(("http://", "https://"))
+
+
+def refuse_job_server(address: str | None, command: str) -> None:
+    """ValueError for a job server where a cluster to join is needed."""
+    if at_job_server(address):
+        raise ValueError(
+            f"--address {address} is a job server, which takes studies from: {command} --address {address}"
+        )
+
+
+def refuse_cluster(address: str | None) -> None:
+    """ValueError for a cluster to join where only files are read."""
+    if address is not None and not at_job_server(address):
+        raise ValueError(
+            f"--address {address}: only a job server (http://HEAD:8265) is asked how studies stand; where the storage "
+            "is seen, leave --address out and pass --storage"
+        )
+
+
+def ask_head(name: str | None, words: list[str], address: str, storage: str | None) -> typer.Exit:
+    """Let the head run a command that reads, and print what it says; the exit to raise."""
+    from ppc.jobs import ask
+
+    return typer.Exit(ask(name, address, ["ppc", *words], storage=storage, say=_print_piece)[1])
+
+
+def resume_there(
+    name: str,
+    address: str,
+    storage: str | None,
+    words: list[str],
+    max_concurrent: int | None,
+    tracking: str | None,
+    follow: bool,
+) -> typer.Exit:
+    """Send `ppc study resume` to a job server, print the job's id and, if asked, its log; the exit to raise."""
+    from ppc.jobs import resubmit
+    from ppc.launch import code_version
+    from ppc.pack import LaunchOptions
+
+    options = LaunchOptions(max_concurrent=max_concurrent, tracking=tracking, code=code_version())
+    job_id = resubmit(name, address, words, storage=storage, options=options)
+    _say_sent(job_id, address)
+    return typer.Exit(_follow(job_id, address) if follow else 0)
+
+
+def _print_piece(text: str) -> None:
+    print(text, end="", flush=True)
+
+
 def _say_sent(job_id: str, address: str) -> None:
     print(f"{job_id}\nfollow it: ppc logs {job_id} -f --address {address}")
 
@@ -27,7 +85,7 @@ def _follow(job_id: str, address: str) -> int:
     from ppc.jobs import logs, status
 
     for text in logs(job_id, address, follow=True):
-        print(text, end="", flush=True)
+        _print_piece(text)
     job = status(job_id, address)
     if job.status != "SUCCEEDED":
         print(f"{job_id}: {job.status} {job.message.splitlines()[0] if job.message else ''}", file=sys.stderr)

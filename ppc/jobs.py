@@ -12,11 +12,12 @@ import logging
 import os
 import re
 import shlex
+import shutil
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,28 +84,58 @@ def submit(file: Path, address: str, *, storage: str, options: LaunchOptions | N
         return _launch(address, name, storage, words, folder, options)
 
 
-def resubmit(study: str, address: str, *, storage: str | None = None, options: LaunchOptions | None = None) -> str:
-    """Send `ppc study resume`; the id of its job. The storage is that of the study's last job when none is given."""
+def resubmit(
+    study: str,
+    address: str,
+    words: Sequence[str] = (),
+    *,
+    storage: str | None = None,
+    options: LaunchOptions | None = None,
+) -> str:
+    """Send `ppc study resume` with some more words; the id of its job. Without a storage: that of its last job."""
     options = options or LaunchOptions()
     storage = storage or _Server(address).last_storage(study)
     with packed(options.working_dir, []) as (folder, _):
-        return _launch(address, study, storage, ["ppc", "study", "resume", study], folder, options)
+        return _launch(address, study, storage, ["ppc", "study", "resume", study, *words], folder, options)
 
 
-def ask(study: str, address: str, words: Sequence[str], *, storage: str | None = None) -> tuple[str, int]:
+def ask(
+    study: str | None,
+    address: str,
+    words: Sequence[str],
+    *,
+    storage: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+) -> tuple[str, int]:
     """Run a command that only reads (`ppc study status NAME`) on the head; what it printed, and its exit status.
 
-    For users whose machine does not see the storage. It takes the time of a process that imports Ray's runtime.
+    For users whose machine does not see the storage: without one, that of the study's last job (of any study's, for
+    None). `say` gets the text in pieces, as it comes. It takes the seconds that a process and its imports take there.
     """
     server = _Server(address)
     entry = "exec " + shlex.join([*words, "--storage", shared_storage(storage or server.last_storage(study))])
+    # The head's own PPC_ADDRESS must not make it ask itself; tables are as wide as this terminal.
+    env = {**JOB_ENV, "PPC_ADDRESS": "", "COLUMNS": str(shutil.get_terminal_size((160, 24)).columns)}
     with packed(None, []) as (folder, _):
-        job_id = server.post(entry, folder, JOB_ENV, {"ppc_question": study})
-    text = "".join(server.follow(job_id))
+        job_id = server.post(entry, folder, env, {"ppc_question": study or ""})
+    first = f"Running entrypoint for job {job_id}: {entry}\n"
+    text, said = "", False
+    try:
+        for piece in server.follow(job_id):
+            text += piece
+            if said:
+                say(piece)
+            elif first in text:
+                said = True
+                say(text.partition(first)[2])
+    except BaseException:  # an interrupt here must not leave a `--watch` running there
+        with suppress(Exception):
+            server.call("stop_job", job_id)
+        raise
     job = server.job(job_id)
     if job.exit_code is None:
         raise ValueError(f"the cluster could not run `{entry}`: {job.message or job.status}")
-    return text.partition(f"Running entrypoint for job {job_id}: {entry}\n")[2], job.exit_code
+    return text.partition(first)[2], job.exit_code
 
 
 def logs(job_id: str, address: str, *, follow: bool = False) -> Iterator[str]:
@@ -192,11 +223,12 @@ class _Server:
             (job for job in jobs if study in (None, job.study)), key=lambda job: (job.started_ms or 0, job.id)
         )
 
-    def last_storage(self, study: str) -> str:
-        """Storage of a study's last launch."""
+    def last_storage(self, study: str | None) -> str:
+        """Storage of the last launch of a study, or of any."""
         jobs = self.launches(study)
         if not jobs:
-            raise ValueError(f"{self.address} has launched no study {study} since it started; pass --storage")
+            name = "study" if study is None else f"study {study}"
+            raise ValueError(f"{self.address} has launched no {name} since it started; pass --storage")
         return jobs[-1].storage
 
     def post(

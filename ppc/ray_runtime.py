@@ -23,6 +23,7 @@ from ppc.config import RuntimeConfig
 from ppc.places import StoragePath
 from ppc.runtime import (
     MapFunction,
+    Meter,
     TrainWorker,
     WorkerDiedError,
     chunks,
@@ -30,6 +31,7 @@ from ppc.runtime import (
     prepare_process,
     raise_file,
     record_raise,
+    timed,
 )
 from ppc.train import TrainingStopped
 
@@ -46,6 +48,7 @@ class RayRuntime:
     ) -> None:
         self.scratch = scratch  # folder for Ray Train's own files
         self._beside = beside  # called with a training's payload: what goes on while it runs
+        self.meter = Meter()
 
     def train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
         """See `Runtime.train`."""
@@ -150,7 +153,9 @@ class RayRuntime:
             while sizes:
                 (ref,), _ = ray.wait(list(sizes), num_returns=1)
                 finished += sizes.pop(ref)
-                done(finished, _get(ref, cfg.max_failures + 1))
+                spent_s, result = _get(ref, cfg.max_failures + 1)
+                self.meter.add(spent_s, gpus=gpus)
+                done(finished, result)
         finally:
             for ref in sizes:
                 ray.cancel(ref, force=False)
@@ -215,10 +220,10 @@ def _train_loop(config: dict[str, Any]) -> None:
             dist.destroy_process_group()  # peers that wait for this one raise at once
 
 
-def _map_task(common: tuple[MapFunction, Any], part: Sequence[Any]) -> Any:
+def _map_task(common: tuple[MapFunction, Any], part: Sequence[Any]) -> tuple[float, Any]:
     prepare_process(1)
     function, shared = common
-    return function(shared, part, _device())
+    return timed(function, shared, part, _device())
 
 
 def _device() -> Any:

@@ -172,6 +172,9 @@ def result_points(result: dict[str, Any], metric: str, marks: Mapping[str, Any])
     sent = {name for what, names in marks.items() if what.startswith("metrics/") for name in names}
     points = [*_score_points(result, t), Point("cost/wall_s", result["wall_s"], t, 0)]
     points += [Point(f"cost/{stage['name']}_s", stage["wall_s"], t, 0) for stage in result.get("stages", [])]
+    if "cost" in result:  # a result of an older version has none
+        points.append(Point("cost/gpu_hours", result["cost"]["gpu_h"], t, 0))
+        points.append(Point("cost/cpu_hours", result["cost"]["cpu_h"], t, 0))
     by_class = result.get("per_class_iou", {})
     if by_class:  # of the label map that decides, else of the last one
         name = metric.replace("_miou_", "_")

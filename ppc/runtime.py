@@ -31,8 +31,26 @@ TrainWorker = Callable[[Any, torch.device], None]
 MapFunction = Callable[[Any, Sequence[Any], torch.device], Any]
 
 
+class Meter:
+    """CPU and GPU seconds that the tasks of `Runtime.map` held, finished ones alone."""
+
+    def __init__(self) -> None:
+        self._cpu_s = self._gpu_s = 0.0
+
+    def add(self, spent_s: float, *, gpus: float) -> None:
+        """One task, which held one CPU and `gpus`."""
+        self._cpu_s += spent_s
+        self._gpu_s += spent_s * gpus
+
+    def read(self) -> tuple[float, float]:
+        """CPU and GPU seconds so far."""
+        return self._cpu_s, self._gpu_s
+
+
 class Runtime(Protocol):
     """What a stage may ask of the place it runs in."""
+
+    meter: Meter
 
     def train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
         """Call `worker(payload, device)` in `cfg.workers` processes; start dead ones again, at most
@@ -79,6 +97,13 @@ def remedy(error: BaseException) -> str | None:
     return None
 
 
+def timed(function: MapFunction, shared: Any, part: Sequence[Any], device: torch.device) -> tuple[float, Any]:
+    """Seconds that a chunk took, and its result."""
+    start = time.monotonic()
+    result = function(shared, part, device)
+    return time.monotonic() - start, result
+
+
 def chunks(items: Sequence[Any], size: int) -> list[Sequence[Any]]:
     """Items in order, `size` at a time."""
     return [items[i : i + size] for i in range(0, len(items), size)]
@@ -105,6 +130,7 @@ class LocalRuntime:
 
     def __init__(self, map_processes: int = 1) -> None:
         self.map_processes = map_processes
+        self.meter = Meter()
 
     def train(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
         """See `Runtime.train`. A raise is final here: there is nobody to notice a dead process but the user."""
@@ -142,19 +168,23 @@ class LocalRuntime:
         finished = 0
         processes = min(self.map_processes, len(parts))
         device = _device(0) if use_gpu else torch.device("cpu")
+        gpus = 0 if device.type == "cpu" else 1
         if processes <= 1 or device.type != "cpu":
             prepare_process(1)
             for part in parts:
-                result = function(shared, part, device)
+                spent_s, result = timed(function, shared, part, device)
+                self.meter.add(spent_s, gpus=gpus)
                 done(finished := finished + len(part), result)
         else:
             context = get_context("spawn")
             with ProcessPoolExecutor(processes, context, prepare_process, (1,)) as pool:
-                sizes = {pool.submit(function, shared, part, device): len(part) for part in parts}
+                sizes = {pool.submit(timed, function, shared, part, device): len(part) for part in parts}
                 try:
                     for future in as_completed(list(sizes)):
                         finished += sizes.pop(future)
-                        done(finished, future.result())
+                        spent_s, result = future.result()
+                        self.meter.add(spent_s, gpus=gpus)
+                        done(finished, result)
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise

@@ -106,7 +106,9 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
     journal = Journal(stage / "journal.jsonl") if rank() == 0 else None
     if journal and journal.damaged:
         print(f"{journal.path}: {journal.damaged} damaged lines are passed over", flush=True)
-    progress = Progress(stage / "progress.json", total=job.epochs * job.steps_per_epoch, unit="step")
+    cpus, gpus = runtime.workers * runtime.cpus_per_worker, runtime.workers * runtime.gpus_per_worker
+    total = job.epochs * job.steps_per_epoch
+    progress = Progress(stage / "progress.json", total=total, unit="step", cpus=cpus, gpus=gpus)
     try:
         for epoch in range(start, job.epochs):
             stop = _epoch(job, epoch, journal, progress, runtime, device, stage)

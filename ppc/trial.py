@@ -293,6 +293,7 @@ def run_trial(
         dataset = open_data(cfg.data, storage)  # in here: data that went away is this trial's error too
         done: list[dict[str, Any]] = []
         merged: dict[str, Any] = {}
+        cost = {"gpu_h": 0.0, "cpu_h": 0.0, "wall_s": 0.0}
         folders = {name: storage.stage(name, stage_key) for name, stage_key in stages}
         for name, stage_key in stages:
             state.write(stage=name, stage_key=stage_key)
@@ -309,18 +310,37 @@ def run_trial(
                     except TrainingStopped:
                         state.write(stopped=folder.stop_asked())
                         raise
-                    manifest = folder.finish(outcome, wall_s=time.monotonic() - start)
+                    wall_s = time.monotonic() - start
+                    manifest = folder.finish(outcome, wall_s=wall_s, trial=key, ran=_ran_with(cfg))
             done.append({"name": name, "key": stage_key, "reused": reused, "wall_s": manifest["wall_s"]})
+            _pay(cost, manifest, key)
             _merge(merged, manifest["result"])
         result = {
             **merged, "stages": done, "wall_s": sum(s["wall_s"] for s in done), "finished_ms": now_ms(),
-            "attempt": state.attempt, "host": socket.gethostname(),
+            "attempt": state.attempt, "host": socket.gethostname(), "cost": cost,
         }  # fmt: skip
         result.setdefault("metrics", {})
         write_json(trial.path / "result.json", result)
     with suppress(OSError):  # the error of an earlier attempt; a result outweighs it
         (trial.path / "error.json").unlink(missing_ok=True)
     return result
+
+
+def _ran_with(cfg: TrialConfig) -> dict[str, float]:
+    runtime = cfg.runtime
+    return {
+        "workers": runtime.workers,
+        "cpus": runtime.workers * runtime.cpus_per_worker,
+        "gpus": runtime.workers * runtime.gpus_per_worker,
+    }
+
+
+def _pay(cost: dict[str, float], manifest: Mapping[str, Any], key: str) -> None:
+    """Add what a stage cost, if it is this trial that made it, now or in an earlier attempt."""
+    if manifest.get("trial") == key:
+        cost["gpu_h"] += manifest["cost"]["gpu_s"] / 3600
+        cost["cpu_h"] += manifest["cost"]["cpu_s"] / 3600
+        cost["wall_s"] += manifest["wall_s"]
 
 
 def _merge(into: dict[str, Any], values: Mapping[str, Any]) -> None:

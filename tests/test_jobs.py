@@ -299,8 +299,11 @@ def test_a_study_is_submitted_followed_stopped_in_the_middle_and_taken_up(head: 
     assert row.state in (KILLED, INTERRUPTED) and row.result is None and row.attempt == 1
     before, _ = read_journal(journals[0])
 
-    second = resubmit("jobs-tiny", head, options=LaunchOptions(tracking="none"))  # the storage is known from the first
-    assert second == "ppc-jobs-tiny-2"
+    answer, code = command(head, "study", "status", "jobs-tiny")  # the storage is known from the first
+    assert code == 0 and "jobs-tiny: 1 " in answer and "study list" not in answer
+    sent, code = command(head, "study", "resume", "jobs-tiny", "--tracking", "none", "--set", "runtime.max_failures=3")
+    second = "ppc-jobs-tiny-2"
+    assert code == 0 and sent.startswith(f"{second}\nfollow it: ppc logs {second} -f --address {head}")
     said = "".join(logs(second, head, follow=True))
     assert status(second, head).status == "SUCCEEDED", said
     (row,) = read_rows(storage, study)
@@ -310,6 +313,21 @@ def test_a_study_is_submitted_followed_stopped_in_the_middle_and_taken_up(head: 
     assert steps == sorted(set(steps)) and len(steps) > len(before) > 0
     assert points[: len(before)] == before, "the second launch trained again what the first had"
     assert [job.id for job in find_jobs(head, "jobs-tiny")] == [first, second]
+    assert storage.trial(row.key).state()["runtime"]["max_failures"] == 3 != row.config["runtime"]["max_failures"]
+    answer, code = command(head, "study", "list", "--json")
+    (found,) = json.loads(answer)
+    assert code == 0 and found["study"] == "jobs-tiny" and found["trials"] == {"FINISHED": 1}
+    assert found["cpu_hours"] > 0 and found["gpu_hours"] == 0 and found["best_mean"] is not None
+    answer, code = command(head, "report", "jobs-tiny")
+    assert code == 0 and "metric: mask_miou_train" in answer
+
+
+def command(head: str, *words: str) -> tuple[str, int]:
+    """What the command line prints with a job server as its address, as on a laptop; and its exit status."""
+    ppc = Path(sys.executable).with_name("ppc")
+    done = subprocess.run([ppc, *words, "--address", head], capture_output=True, text=True, timeout=200)
+    assert not done.stderr, done.stderr
+    return done.stdout, done.returncode
 
 
 @pytest.mark.ray

@@ -35,7 +35,7 @@ def run(context: StageContext) -> dict[str, Any]:
         products["mask"] = context.inputs["refine_crf"] / "masks"
     splits = [split for split in cfg.seeds.splits if dataset.has_masks(split)]
     total = len(products) * sum(len(dataset.ids(split)) for split in splits)
-    progress = Progress(context.folder / "progress.json", total=total, unit="image")
+    progress = Progress(context.folder / "progress.json", total=total, unit="image", used=context.rt.meter.read)
     result: dict[str, Any] = {"metrics": {}, "per_class_iou": {}, "confusion": {}, "counts": {}}
     before = 0
     for split in splits:

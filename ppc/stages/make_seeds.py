@@ -51,7 +51,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Infer, count, choose the score, write the seeds."""
     cfg, dataset, folder = context.cfg, context.dataset, context.folder
     items = images_of(cfg, dataset)
-    progress = Progress(folder / "progress.json", total=2 * len(items), unit="image")
+    progress = Progress(folder / "progress.json", total=2 * len(items), unit="image", used=context.rt.meter.read)
     subset = frozenset(val_subset(cfg, dataset)) if cfg.seeds.protocol == "val_subset" else frozenset()
     shared = Shared(cfg, folder, context.inputs["train_cam"] / "weights.pt", dataset, subset)
     counts: dict[str, Counts] = {}  # one sum a curve, however many images there are

@@ -35,7 +35,7 @@ def run(context: StageContext) -> dict[str, Any]:
     assert manifest is not None
     score = manifest["result"]["metrics"]["bg_score"] if cfg.crf.bg_score == "seed" else float(cfg.crf.bg_score)
     ids = list(dict.fromkeys(image_id for _, image_id in images_of(cfg, context.dataset)))
-    progress = Progress(context.folder / "progress.json", total=len(ids), unit="image")
+    progress = Progress(context.folder / "progress.json", total=len(ids), unit="image", used=context.rt.meter.read)
     shared = Shared(cfg.crf, context.folder, seeds, context.dataset, score)
     context.rt.map(refine_chunk, shared, ids, cfg.runtime, lambda done, _: progress.update(done))
     return {"crf_bg_score": score}

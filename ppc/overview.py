@@ -1,0 +1,111 @@
+"""All studies of a storage: how each stands, and what it has cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from ppc.artifacts import Storage, used_s
+from ppc.ledger import TrialRow, counts, read_rows, stage_dirs
+from ppc.places import names_in
+from ppc.report import align, number
+
+COLUMNS = ("study", "trials", "GPU h", "CPU h", "launched", "last activity", "best so far")
+
+
+@dataclass(frozen=True)
+class Overview:
+    """One study. Hours are those of all attempts of its own trials; what it reuses was paid for by another."""
+
+    study: str
+    states: dict[str, int]
+    gpu_h: float
+    cpu_h: float
+    launched_ms: int
+    active_ms: int | None
+    metric: str
+    best: tuple[str, float] | None  # variant and the mean of its metric over the seeds that have it
+
+
+def overviews(storage: Storage) -> list[Overview]:
+    """Every study of the storage, the one launched last first. A study that cannot be read is left out."""
+    found = []
+    for name in names_in(storage.root / "studies"):
+        try:
+            study = storage.study(name).definition()
+        except ValueError:
+            continue
+        found.append(_overview(storage, study))
+    return sorted(found, key=lambda one: -one.launched_ms)
+
+
+def _overview(storage: Storage, study: dict[str, Any]) -> Overview:
+    rows = read_rows(storage, study)
+    unique = {row.key: row for row in rows}.values()
+    costs = [trial_cost(storage, row) for row in unique]
+    means: dict[str, float] = {}
+    for variant in dict.fromkeys(row.variant for row in rows):
+        values = [
+            value for row in rows if row.variant == variant and (value := row.metric(study["metric"])) is not None
+        ]
+        if values:
+            means[variant] = fmean(values)
+    active = [t for row in rows for t in (row.started_ms, row.ended_ms) if t is not None]
+    best = max(means, key=lambda variant: means[variant], default=None)
+    return Overview(
+        study["name"], counts(rows), sum(gpu for _, gpu in costs), sum(cpu for cpu, _ in costs), study["created_ms"],
+        max(active, default=None), study["metric"], None if best is None else (best, means[best]),
+    )  # fmt: skip
+
+
+def trial_cost(storage: Storage, row: TrialRow) -> tuple[float, float]:
+    """CPU and GPU hours of a trial's own stages so far; one that another trial made costs nothing here."""
+    if row.result is not None and "cost" in row.result:
+        return float(row.result["cost"]["cpu_h"]), float(row.result["cost"]["gpu_h"])
+    cpu_s = gpu_s = 0.0
+    for folder in stage_dirs(storage, row):
+        manifest = folder.manifest()
+        if manifest is not None and manifest.get("trial") == row.key:
+            cpu_s, gpu_s = cpu_s + manifest["cost"]["cpu_s"], gpu_s + manifest["cost"]["gpu_s"]
+        elif manifest is None and folder.stage == row.stage:
+            used = used_s(folder / "progress.json")
+            cpu_s, gpu_s = cpu_s + used[0], gpu_s + used[1]
+    return cpu_s / 3600, gpu_s / 3600
+
+
+def as_data(found: Sequence[Overview]) -> list[dict[str, Any]]:
+    """The overviews as plain data, for --json."""
+    return [
+        {
+            "study": one.study, "trials": one.states, "gpu_hours": one.gpu_h, "cpu_hours": one.cpu_h,
+            "launched_ms": one.launched_ms, "active_ms": one.active_ms, "metric": one.metric,
+            "best_variant": one.best and one.best[0], "best_mean": one.best and one.best[1],
+        }
+        for one in found
+    ]  # fmt: skip
+
+
+def overview_lines(found: Sequence[Overview]) -> list[str]:
+    """The overviews as lines with straight columns, headings first."""
+    return align([list(COLUMNS), *map(_cells, found)])
+
+
+def _cells(one: Overview) -> list[str]:
+    states = ", ".join(f"{n} {state.lower()}" for state, n in one.states.items())
+    best = "" if one.best is None else f"{one.best[0]}: {one.metric} {number(one.best[1], one.metric)}"
+    return [
+        one.study,
+        states,
+        f"{one.gpu_h:.2f}",
+        f"{one.cpu_h:.2f}",
+        _when(one.launched_ms),
+        _when(one.active_ms),
+        best,
+    ]
+
+
+def _when(time_ms: int | None) -> str:
+    return "" if time_ms is None else time.strftime("%Y-%m-%d %H:%M", time.localtime(time_ms / 1000))
