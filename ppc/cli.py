@@ -41,10 +41,12 @@ RuntimeSetOption = Annotated[
     list[str], typer.Option("--set", metavar="runtime.X=VALUE", help="Change how what is left runs; repeatable.")
 ]
 TinyOption = Annotated[bool, typer.Option("--tiny", help="Shrink to seconds: generated images, one epoch.")]
-LocalOption = Annotated[bool, typer.Option("--local", help="In this process, without Ray and MLflow.")]
+LocalOption = Annotated[bool, typer.Option("--local", help="On this machine alone, without Ray and MLflow.")]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, or `auto`. Default: one on this machine.")]
 CpusOption = Annotated[int | None, typer.Option(help="CPUs of the cluster that is started here.")]
-ConcurrentOption = Annotated[int | None, typer.Option(help="Trials at a time. Default: as many as fit.")]
+ConcurrentOption = Annotated[
+    int | None, typer.Option(help="Trials at a time. Default: as many as fit; with --local one.")
+]
 TrackingOption = Annotated[
     str | None, typer.Option(help="MLflow URI, or `none`. Default: MLFLOW_TRACKING_URI, else SQLite in the storage.")
 ]

@@ -19,22 +19,20 @@ from typing import Any
 
 from rich.console import Console
 
-from ppc import __version__
+from ppc import __version__, local_study
 from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
 from ppc.config import EarlyStopping, StudyConfig, TrialConfig
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
-from ppc.redact import without_secrets
 from ppc.report import build_report, print_report, write_report
 from ppc.resources import change_runtime
-from ppc.runtime import LocalRuntime
 from ppc.search import Search, next_round, start
 from ppc.stopping import metric_problem, must_run, no_effect
 from ppc.study import BASE, TrialSpec
 from ppc.sync_loop import SyncLoop
 from ppc.tracking import make_tracker
-from ppc.trial import Planner, data_name, nearest, run_trial
+from ppc.trial import Planner, data_name, nearest
 
 FORMAT = 1
 SETTLE_S = 20.0
@@ -44,7 +42,7 @@ SETTLE_S = 20.0
 class Where:
     """Where and how a launch runs; nothing of it changes a number."""
 
-    local: bool = False  # this process, one trial after another, without Ray
+    local: bool = False  # without Ray: in this process, or several beside it
     address: str | None = None  # of a Ray cluster; None starts one on this machine
     num_cpus: int | None = None  # of the cluster that is started
     max_concurrent: int | None = None
@@ -283,18 +281,7 @@ def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_d
             limit = where.max_concurrent or study["max_concurrent"]
             run_rows(todo, storage, launch_dir, max_concurrent=limit, early=_early(todo, storage, study))
         return
-    rt = LocalRuntime(map_processes=os.cpu_count() or 1)
-    for row in todo:
-        try:
-            run_trial(
-                TrialConfig.model_validate(row.config),
-                row.key,
-                [(s["name"], s["key"]) for s in row.stages],
-                storage,
-                rt,
-            )
-        except Exception as error:  # recorded in the trial's error.json; the others go on
-            print(without_secrets(f"{row.label}: {type(error).__name__}: {error}"), flush=True)
+    local_study.run_rows(todo, storage, max_concurrent=where.max_concurrent or 1)
 
 
 def _early(todo: list[TrialRow], storage: Storage, study: dict[str, Any]) -> Any:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 from tiny_study import QUIET, make_study
 
-import ppc.launch
+import ppc.local_study
 import ppc.stages
 from ppc.artifacts import Storage
 from ppc.config import StudyConfig
 from ppc.launch import Where, command, define, launch_lock, run_study
-from ppc.ledger import FINISHED, PENDING, read_rows
+from ppc.ledger import FAILED, FINISHED, KILLED, PENDING, RUNNING, read_rows
 from ppc.study import baseline, expand
 from ppc.trial import check_trial
 
@@ -135,7 +138,7 @@ def test_variants_that_are_one_trial_run_once_and_say_so(tmp_path: Path, monkeyp
     definition = define(study, specs, "c", storage)
     assert [t.get("same_as") for t in definition["trials"]] == [None, "a", None]
     assert len({t["key"] for t in definition["trials"]}) == 2
-    run, keys = ppc.launch.run_trial, list[str]()
+    run, keys = ppc.local_study.run_trial, list[str]()
 
     def counted(cfg: object, key: str, *rest: object) -> object:
         keys.append(key)
@@ -143,7 +146,7 @@ def test_variants_that_are_one_trial_run_once_and_say_so(tmp_path: Path, monkeyp
             raise RuntimeError("would be tried again by its second row")
         return run(cfg, key, *rest)
 
-    monkeypatch.setattr(ppc.launch, "run_trial", counted)
+    monkeypatch.setattr(ppc.local_study, "run_trial", counted)
     out = io.StringIO()
     run_study(storage, "k", HERE, Console(file=out, width=300), definition)
     assert len(keys) == 2
@@ -183,3 +186,66 @@ def test_brackets_in_names_and_paths_are_printed_as_they_are(tmp_path: Path) -> 
 
 def stage_key(study: dict, index: int, name: str) -> str:
     return next(s["key"] for s in study["trials"][index]["stages"] if s["name"] == name)
+
+
+def test_trials_beside_each_other_have_the_numbers_of_one_after_another(tmp_path: Path) -> None:
+    beside, after = Storage(tmp_path / "beside"), Storage(tmp_path / "after")
+    results = []
+    for storage, where in ((beside, dataclasses.replace(HERE, max_concurrent=3)), (after, HERE)):
+        study = make_study(storage, k=[0, 4], seeds=[0, 1])
+        assert run_study(storage, "k", where, QUIET) == 0
+        results.append([(row.key, row.result and row.result["metrics"]) for row in read_rows(storage, study)])
+    assert results[0] == results[1]
+    pids = {storage: {storage.trial(key).state()["pid"] for key, _ in results[0]} for storage in (beside, after)}
+    assert pids[after] == {os.getpid()} and len(pids[beside]) == 4 and os.getpid() not in pids[beside]
+
+
+LAUNCH_TWO = """
+import sys; sys.path.insert(0, sys.argv[1])
+from pathlib import Path
+from tiny_study import QUIET; from ppc.artifacts import Storage; from ppc.launch import Where, run_study
+if __name__ == "__main__":
+    where = Where(local=True, tracking="none", max_concurrent=2)
+    sys.exit(run_study(Storage(Path(sys.argv[2])), "k", where, QUIET))
+"""
+
+
+def started(storage: Storage, study: dict) -> list[dict]:
+    """The states of two trials that are training at this moment."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        rows = [row for row in read_rows(storage, study) if row.state == RUNNING]
+        if len(rows) == 2 and all(
+            (storage.stage("train_cam", r.stages[0]["key"]) / "journal.jsonl").exists() for r in rows
+        ):
+            return [storage.trial(row.key).state() for row in rows]
+        time.sleep(0.05)
+    raise AssertionError("two trials never trained at a time")
+
+
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
+def test_nothing_of_an_ended_launch_works_on(tmp_path: Path, how: str) -> None:
+    storage = Storage(tmp_path / "storage")
+    study = make_study(storage, k=[0, 4], seeds=[0], tiny={"train.epochs": 200})
+    script = tmp_path / "launch.py"
+    script.write_text(LAUNCH_TWO)
+    launch = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(storage.root)])
+    pids = [state["pid"] for state in started(storage, study)]
+    launch.send_signal(getattr(signal, how))
+    assert launch.wait(60) != 0
+    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
+    assert not alive
+    assert [row.state for row in read_rows(storage, study)] == [KILLED, KILLED]
+
+
+def test_a_process_that_dies_costs_its_own_trial_alone(tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "storage")
+    study = make_study(storage, k=[0, 4], seeds=[0], tiny={"train.epochs": 20})
+    script = tmp_path / "launch.py"
+    script.write_text(LAUNCH_TWO)
+    launch = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(storage.root)])
+    os.kill(started(storage, study)[0]["pid"], signal.SIGKILL)
+    assert launch.wait(120) == 1
+    first, second = read_rows(storage, study)
+    assert first.state == FAILED and second.state == FINISHED
+    assert first.error is not None and "exit code -9" in first.error["message"]
