@@ -86,7 +86,7 @@ def test_every_trial_file_runs_tiny(path: Path, tmp_path: Path, ppc) -> None:  #
 
 
 def test_dry_run_prints_the_trials_and_writes_nothing(tmp_path: Path, ppc) -> None:  # noqa: ANN001
-    code, out, _ = ppc("study", "launch", STUDIES[0], "--dry-run", "--storage", tmp_path)
+    code, out, _ = ppc("study", "launch", EXPERIMENTS[0].parent / "scenes_k.yaml", "--dry-run", "--storage", tmp_path)
     assert code == 0 and "6 trials" in out and "contrast.prototype_top_k=32" in out
     assert list(tmp_path.iterdir()) == []
 

@@ -1,8 +1,7 @@
-"""On a CUDA device: the numbers of the CPU, memory that does not suffice, half precision, and no waiting in a step."""
+"""On a CUDA device: the numbers of the CPU, half precision, and memory that does not suffice."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -93,20 +92,6 @@ def test_half_precision_trains_close_to_single(tmp_path: Path, scenes: Path) -> 
     assert half[-1][1]["train/cls"] == pytest.approx(single[-1][1]["train/cls"], rel=0.05)
 
 
-def test_no_step_waits_for_the_device(scenes: Path) -> None:
-    cfg = tiny_config({**ALL_VIEWS, "contrast.preset": "official"}, scenes)
-    net = build_net(cfg, 3, pretrained=False).to(GPU).train()
-    losses = Losses(cfg, ALONE, 1)
-    batch = {k: v.pin_memory() if k != "sample_seed_N" else v for k, v in formula_batch().items()}
-    losses(net, batch, 0)[0].backward()  # what is made once may wait
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        losses(net, batch, 1)[0].backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def test_a_gpu_out_of_memory_is_told_and_the_trial_goes_on_when_there_is_room(tmp_path: Path, scenes: Path) -> None:
     big = {"train.epochs": 2, "train.crop_px": 640, "train.resize_long_px": [640, 640], "views.target_px": 64}
     storage = Storage(tmp_path)
@@ -129,5 +114,4 @@ def test_a_gpu_out_of_memory_is_told_and_the_trial_goes_on_when_there_is_room(tm
     assert "ppc study resume STUDY --set runtime.workers=2" in error["message"]
     folder = storage.stage(*plan.stages[0])
     assert curve(folder) == [] and checkpoints(folder) == []
-    fresh = dataclasses.replace(plan)
-    assert run_trial(fresh.config, fresh.key, fresh.stages, storage, LocalRuntime())["metrics"]
+    assert run_trial(plan.config, plan.key, plan.stages, storage, LocalRuntime())["metrics"]
