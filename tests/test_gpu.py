@@ -93,7 +93,10 @@ def test_half_precision_trains_close_to_single(tmp_path: Path, scenes: Path) -> 
 
 
 def test_a_gpu_out_of_memory_is_told_and_the_trial_goes_on_when_there_is_room(tmp_path: Path, scenes: Path) -> None:
-    big = {"train.epochs": 2, "train.crop_px": 640, "train.resize_long_px": [640, 640], "views.target_px": 64}
+    big = {
+        "train.epochs": 2, "train.crop_px": 640, "train.resize_long_px": [640, 640], "views.target_px": 64,
+        "stages": ["train_cam", "make_seeds", "evaluate"],
+    }  # fmt: skip
     storage = Storage(tmp_path)
     plan = Planner(storage).plan(tiny_config(big, scenes))
     torch.cuda.empty_cache()
