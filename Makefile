@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= ppc-storage
 
-.PHONY: setup demo test test-hosts test-fast check clean
+.PHONY: setup demo test test-hosts soak bench test-fast check clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -23,8 +23,14 @@ test: setup check ## everything: linters, then all tests
 test-hosts: setup ## a cluster of two hosts made of network namespaces, with kills and a cut cable (root, 8 minutes)
 	$(BIN)/python -m pytest -m hosts
 
+soak: setup ## 60 trials under random kills of their processes and of the launch (half an hour)
+	$(BIN)/python -m pytest -m soak -s
+
+bench: setup ## what is measured on CPUs, as ratios in one run; bench/RESULTS.md keeps what was measured
+	$(BIN)/python bench/overhead.py
+
 test-fast: setup ## without the tests that start Ray or take long
-	$(BIN)/python -m pytest -m "not ray and not slow and not hosts"
+	$(BIN)/python -m pytest -m "not ray and not slow and not hosts and not soak"
 
 check: setup ## ruff, mypy, import direction
 	$(BIN)/ruff check .
