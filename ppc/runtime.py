@@ -8,6 +8,7 @@ function as `function(shared, chunk, device)`: the runtime alone knows which dev
 from __future__ import annotations
 
 import ctypes
+import errno
 import tempfile
 import time
 import traceback
@@ -24,6 +25,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from ppc.artifacts import read_json, write_json
 from ppc.config import RuntimeConfig
+from ppc.faults import StorageError
 from ppc.places import StoragePath, names_in
 from ppc.redact import without_secrets
 
@@ -214,8 +216,8 @@ def raise_file(folder: StoragePath, rank: int) -> StoragePath:
     return folder / f"raised-{rank}"
 
 
-def record_raise(folder: StoragePath, rank: int, error: Exception) -> None:
-    """Record what a worker raised, for `first_raise`; before its peers can notice that it is gone.
+def record_raise(folder: StoragePath, rank: int, error: Exception) -> bool:
+    """Record what a worker raised, for `first_raise`; before its peers can notice that it is gone. Whether it could.
 
     As text: the folder may be on storage, and nothing is unpickled from there.
     """
@@ -226,8 +228,11 @@ def record_raise(folder: StoragePath, rank: int, error: Exception) -> None:
         "value_error": isinstance(error, ValueError),
         "traceback": without_secrets("".join(traceback.format_exception(error))),
     }
-    with suppress(OSError):  # a full disk must not hide the error
+    try:
         write_json(raise_file(folder, rank), record)
+    except OSError:  # a full disk must not hide the error
+        return False
+    return True
 
 
 def first_raise(folder: StoragePath) -> Exception | None:
@@ -241,9 +246,12 @@ def first_raise(folder: StoragePath) -> Exception | None:
     if not found:
         return None
     first = min(found, key=lambda record: int(record["time_ns"]))
-    kind: type[Exception] = ValueError if first["value_error"] else RuntimeError
-    if first["type"] != kind.__name__:
-        kind = type(str(first["type"]), (kind,), {"__module__": "ppc.worker"})
-    error = kind(str(first["message"]))
+    if first["type"] == StorageError.__name__:
+        error: Exception = StorageError(errno.EIO, str(first["message"]))
+    else:
+        kind: type[Exception] = ValueError if first["value_error"] else RuntimeError
+        if first["type"] != kind.__name__:
+            kind = type(str(first["type"]), (kind,), {"__module__": "ppc.worker"})
+        error = kind(str(first["message"]))
     error.__cause__ = RuntimeError(f"in a worker:\n{first['traceback']}")
     return error
