@@ -70,14 +70,14 @@ def writing(path: Any) -> Iterator[None]:
 def asking_store(path: Any, *, absent: bool) -> Iterator[None]:
     """Whatever the client of an object store raises inside becomes one StorageError about `path`.
 
-    With `absent` a FileNotFoundError passes: a file may not be there. For one that is written, the bucket is not there.
+    With `absent` it passes that a file or folder is not there. Where one is written, it is the bucket that is not.
     """
     try:
         yield
     except (StorageError, ValueError):
         raise
     except Exception as error:
-        if absent and isinstance(error, FileNotFoundError):
+        if absent and isinstance(error, (FileNotFoundError, NotADirectoryError)):
             raise
         number = (error.errno if isinstance(error, OSError) else None) or errno.EIO
         words = next((line for line in str(error).splitlines() if line.strip()), "no answer")

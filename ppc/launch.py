@@ -251,7 +251,7 @@ def run_study(
     rows = read_rows(storage, study)
     _say_end(console, storage, study, rows, loop, files)
     if fault is not None:
-        console.print(f"the study has stopped: {fault}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"storage: {fault}", highlight=False, markup=False, soft_wrap=True)
     return 0 if fault is None and all(row.state in (FINISHED, STOPPED) for row in rows) else 1
 
 
