@@ -21,11 +21,17 @@ STORE_REMEDY = f"look at the store, its address and your rights there, {KEPT}"
 class StorageError(OSError):
     """Storage that takes or gives nothing now, whatever was to be written: nothing is wrong with a trial or a file.
 
-    Its text says all. It keeps its errno and its path on the way from another process.
+    `strerror` says what was tried and why it failed, the whole text also what to do. Both, errno and path come along
+    from another process.
     """
 
     def __str__(self) -> str:
-        return self.strerror or super().__str__()
+        return f"{self.strerror}; {REMEDIES.get(self.errno or 0, STORE_REMEDY)}"
+
+
+def as_data(error: OSError) -> list[Any]:
+    """What makes the error again elsewhere: `StorageError(*as_data(error))`."""
+    return [error.errno, error.strerror, str(error.filename)]
 
 
 def storage_error(error: BaseException | None) -> StorageError | None:
@@ -42,7 +48,7 @@ def not_written(number: int, path: Any) -> OSError:
     why = os.strerror(number)
     if number not in REMEDIES:
         return OSError(number, f"not written: {why}", str(path))
-    return StorageError(number, f"not written: {path}: {why}; {REMEDIES[number]}", str(path))
+    return StorageError(number, f"not written: {path}: {why}", str(path))
 
 
 @contextmanager
@@ -81,4 +87,4 @@ def asking_store(path: Any, *, absent: bool) -> Iterator[None]:
             raise
         number = (error.errno if isinstance(error, OSError) else None) or errno.EIO
         words = next((line for line in str(error).splitlines() if line.strip()), "no answer")
-        raise StorageError(number, f"{path}: {type(error).__name__}: {words}; {STORE_REMEDY}", str(path)) from error
+        raise StorageError(number, f"{path}: {type(error).__name__}: {words}", str(path)) from error

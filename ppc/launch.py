@@ -274,9 +274,11 @@ def _run_rounds(
                 print("interrupted: trials stop; what they finished stays", flush=True)
             except StorageError as error:
                 fault = error
+        if fault is not None:  # each trial has tried to write its last word
+            return fault
         _mark_killed(storage, todo)
         if not ended:
-            return fault
+            return None
         todo = []
     return None
 
@@ -351,14 +353,10 @@ def _mark_killed(storage: Storage, rows: list[TrialRow]) -> None:
         while trial.result() is None and (state := trial.state()).get("state") == RUNNING:
             if state.get("attempt", 0) <= row.attempt:  # not ours
                 break
-            here = state.get("pid") == os.getpid()  # a trial of this process, which is at work on none now
-            if alive(state) and not here and time.monotonic() < deadline:
+            if alive(state) and time.monotonic() < deadline:
                 time.sleep(0.2)
                 continue
-            try:
-                trial.write_state(state=KILLED, ended_ms=now_ms())
-            except OSError:  # full storage: that its heartbeat grows old, or its process is gone, says the same
-                break
+            trial.write_state(state=KILLED, ended_ms=now_ms())
 
 
 def command() -> str:

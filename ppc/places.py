@@ -229,6 +229,7 @@ class ObjectAppender:
     def __init__(self, path: UPath, whole: bytes) -> None:
         self._path, self._data, self._sent = path, bytearray(whole), len(whole)
         self._next = time.monotonic() + REMOTE_EVERY_S
+        self._failed = False
 
     def append(self, line: bytes) -> None:
         """See `Appender.append`."""
@@ -239,14 +240,16 @@ class ObjectAppender:
     def flush(self) -> None:
         """See `Appender.flush`."""
         if len(self._data) != self._sent:
+            self._failed = True
             with told(self._path):
                 self._path.fs.pipe_file(self._path.path, bytes(self._data))
-            self._sent = len(self._data)
+            self._sent, self._failed = len(self._data), False
         self._next = time.monotonic() + REMOTE_EVERY_S
 
     def close(self) -> None:
-        """See `Appender.close`."""
-        self.flush()
+        """See `Appender.close`. A store that did not answer the last time is not asked again: that takes long."""
+        if not self._failed:
+            self.flush()
 
 
 # -- locks

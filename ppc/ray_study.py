@@ -99,6 +99,8 @@ def run_rows(
         ),
         resources,
     )
+    # Tune's own state is never read: a full disk that does not take it is no news beside what the trials say.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     tuner = tune.Tuner(
         trainable,
         param_space={"key": tune.grid_search(list(trials))},

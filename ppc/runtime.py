@@ -8,7 +8,6 @@ function as `function(shared, chunk, device)`: the runtime alone knows which dev
 from __future__ import annotations
 
 import ctypes
-import errno
 import tempfile
 import time
 import traceback
@@ -226,6 +225,7 @@ def record_raise(folder: StoragePath, rank: int, error: Exception) -> bool:
         "type": type(error).__name__,
         "message": str(error),
         "value_error": isinstance(error, ValueError),
+        "os_error": [error.errno, error.strerror, str(error.filename)] if isinstance(error, OSError) else None,
         "traceback": without_secrets("".join(traceback.format_exception(error))),
     }
     try:
@@ -247,7 +247,7 @@ def first_raise(folder: StoragePath) -> Exception | None:
         return None
     first = min(found, key=lambda record: int(record["time_ns"]))
     if first["type"] == StorageError.__name__:
-        error: Exception = StorageError(errno.EIO, str(first["message"]))
+        error: Exception = StorageError(*first["os_error"])
     else:
         kind: type[Exception] = ValueError if first["value_error"] else RuntimeError
         if first["type"] != kind.__name__:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol
 
+from ppc.faults import storage_error
 from ppc.ledger import TrialRow
 from ppc.places import StoragePath
 from ppc.redact import without_secrets
@@ -108,7 +109,8 @@ class SyncLoop:
         except Exception as error:  # the study goes on, whatever a tracker raises
             self.errors += 1
             text = without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
-            if self.last_error is None and not self._ending.is_set():
+            silent = self._ending.is_set() or storage_error(error) is not None  # trials say what storage does not do
+            if self.last_error is None and not silent:
                 self._say(f"tracking: {text}; the study goes on, and this is sent later")
             self.last_error = text
             return False

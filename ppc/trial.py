@@ -232,7 +232,7 @@ class _State:
                 said = False
             except OSError as error:  # a full disk must not end the training: it may have space again
                 if not said:
-                    print(f"heartbeat of trial {self._trial.key}: {error}; the trial goes on", flush=True)
+                    print(f"heartbeat of trial {self._trial.key}: {error.strerror}; the trial goes on", flush=True)
                 said = True
 
     def __enter__(self) -> _State:

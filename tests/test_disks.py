@@ -20,13 +20,14 @@ from rich.console import Console
 from s3_server import BUCKET, Gate, s3_server
 from tiny_study import QUIET, make_study
 
+import ppc.places
 import ppc.trial
 from ppc.artifacts import Journal, Storage
 from ppc.config import RuntimeConfig, TrialConfig
 from ppc.faults import StorageError
 from ppc.launch import Where, run_study
 from ppc.ledger import FAILED, FINISHED, INTERRUPTED, TrialRow, read_rows
-from ppc.places import StoragePath, atomic_write, locked, read_bytes, remove, size_of, storage_path
+from ppc.places import StoragePath, atomic_write, is_remote, locked, read_bytes, remove, size_of, storage_path
 from ppc.runtime import LocalRuntime, MapFunction
 from ppc.trial import run_trial
 
@@ -34,7 +35,7 @@ from ppc.trial import run_trial
 pytestmark = [pytest.mark.filterwarnings("ignore")]
 
 HERE = Where(local=True, tracking="none")
-LONG = {"train.epochs": 60}  # so that no training ends before something happens to it
+LONG = {"train.epochs": 30}  # so that no training ends before something happens to it
 STAGES = ["train_cam", "make_seeds", "refine_crf", "evaluate"]
 
 
@@ -116,6 +117,8 @@ class Launch:
     def __init__(self, storage: Storage, log: Path, *words: str) -> None:
         self.log = log
         code = "from ppc.cli import main; main()"
+        if is_remote(storage.root):  # each of five tries more takes time
+            code = f"from s3fs import S3FileSystem; S3FileSystem.retries = 1; {code}"
         command = [sys.executable, "-c", code, "study", "resume", "k", "--storage", str(storage.root), *words]
         with log.open("w") as out:
             self.process = subprocess.Popen(command, stdout=out, stderr=out)
@@ -209,7 +212,7 @@ def test_a_disk_that_becomes_read_only_stops_the_study_and_a_resume_ends_it(
     assert run.ended() == 1
     one_clear_error(run.text, "Read-only file system; make it writable again")
     assert rows_of(storage)[1].state == INTERRUPTED, "no last word could be written, and no process is behind it"
-    assert "report: " not in run.text and "mIoU" in run.text, "the table is printed all the same"
+    assert "report: " not in run.text and "prototype_top_k=4  -" in run.text, "the table is printed all the same"
 
     subprocess.run(["umount", str(disk)], check=True)
     assert run_study(storage, "k", HERE, QUIET) == 0
@@ -376,6 +379,8 @@ def gate(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Gate]:
     from s3fs import S3FileSystem
 
     S3FileSystem.clear_instance_cache()
+    monkeypatch.setattr(S3FileSystem, "retries", 1)
+    monkeypatch.setattr(ppc.places, "HERE", tmp_path / "here")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     monkeypatch.setenv("PPC_HERE", str(tmp_path / "here"))
     with s3_server(monkeypatch) as address, Gate(address) as gate:
@@ -421,10 +426,9 @@ def test_a_store_that_refuses_is_one_error_that_names_the_file(gate: Gate, statu
                 look(root / "file")
     gate.open()
     assert read_bytes(root / "file") == b"whole"
-    journal.close()
+    journal.flush()
     assert size_of(root / "journal.jsonl"), "it had kept its points"
-    lock_again = locked(root / "lock", timeout_s=5)
-    with lock_again:
+    with locked(root / "lock", timeout_s=5):
         pass
 
 
@@ -432,16 +436,15 @@ def test_a_store_that_goes_away_in_training_costs_no_more_than_an_epoch(
     gate: Gate, undisturbed: Storage, launch: Callable[..., Launch]
 ) -> None:
     storage = Storage.at(f"s3://{BUCKET}/{uuid.uuid4().hex}")
-    make_study(storage, k=[4], seeds=[0], tiny=LONG)
+    make_study(storage, k=[4], seeds=[0], tiny={**LONG, "runtime.checkpoint_every_epochs": 3})
     (row,) = rows_of(storage)
-    checkpoint = stage_of(storage, row, "train_cam") / "checkpoints" / "epoch-00002.pt"
+    checkpoint = stage_of(storage, row, "train_cam") / "checkpoints" / "epoch-00003.pt"
     run = launch(storage, "--local")
     run.wait_for(lambda: size_of(checkpoint) is not None)
     gate.shut()
     assert run.ended() != 0
     assert "Traceback" not in run.text and "s3://" in run.text and "look at the store" in run.text, run.text
     gate.open()
-    again = launch(storage, "--local")
-    assert again.ended() == 0, again.text
+    assert run_study(storage, "k", HERE, QUIET) == 0
     (row,) = rows_of(storage)
     assert metrics(row) == metrics(rows_of(undisturbed)[1]) and row.attempt == 2
