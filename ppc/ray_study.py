@@ -19,7 +19,7 @@ from ray import tune
 
 from ppc.artifacts import Storage
 from ppc.config import TrialConfig
-from ppc.faults import StorageError, storage_error
+from ppc.faults import StorageError, as_data, storage_error
 from ppc.ledger import TrialRow
 from ppc.places import StoragePath
 from ppc.ray_runtime import RayRuntime, ray_storage, trial_resources
@@ -144,7 +144,7 @@ def _drive(
         tune.report({"finished": 0})
     except Exception as error:
         fault = storage_error(error) or _record(storage, config["key"], error)
-        told = {} if fault is None else {"fault": [fault.errno, fault.strerror, str(fault.filename)]}
+        told = {} if fault is None else {"fault": as_data(fault)}
         tune.report({"finished": 0, **told})
 
 

@@ -24,7 +24,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from ppc.artifacts import read_json, write_json
 from ppc.config import RuntimeConfig
-from ppc.faults import StorageError
+from ppc.faults import StorageError, as_data
 from ppc.places import StoragePath, names_in
 from ppc.redact import without_secrets
 
@@ -225,7 +225,7 @@ def record_raise(folder: StoragePath, rank: int, error: Exception) -> bool:
         "type": type(error).__name__,
         "message": str(error),
         "value_error": isinstance(error, ValueError),
-        "os_error": [error.errno, error.strerror, str(error.filename)] if isinstance(error, OSError) else None,
+        "storage": as_data(error) if isinstance(error, StorageError) else None,
         "traceback": without_secrets("".join(traceback.format_exception(error))),
     }
     try:
@@ -246,8 +246,8 @@ def first_raise(folder: StoragePath) -> Exception | None:
     if not found:
         return None
     first = min(found, key=lambda record: int(record["time_ns"]))
-    if first["type"] == StorageError.__name__:
-        error: Exception = StorageError(*first["os_error"])
+    if first["storage"] is not None:
+        error: Exception = StorageError(*first["storage"])
     else:
         kind: type[Exception] = ValueError if first["value_error"] else RuntimeError
         if first["type"] != kind.__name__:
