@@ -47,7 +47,8 @@ class NoTracker:
 class SyncLoop:
     """Keeps a tracker up to date from a daemon thread. An error is said once, and what failed is tried again.
 
-    As a context manager it starts at once, and sends what is left when the block ends (after an error: briefly).
+    As a context manager it starts at once, and sends what is left when the block ends (after an error: briefly; when
+    the storage has not answered: it has nothing to send).
     """
 
     def __init__(
@@ -127,4 +128,4 @@ class SyncLoop:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._ending.is_set():
-            self.finish(flush_s=FLUSH_S if error is None else 10.0)
+            self.finish(flush_s=FLUSH_S if error is None else 10.0 if storage_error(error) is None else 1.0)
