@@ -22,7 +22,7 @@ from ppc.crf import PRESETS
 from ppc.data import VocLayout, open_dataset
 from ppc.data.check import fingerprint
 from ppc.faults import storage_error
-from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED
+from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, note_end
 from ppc.places import remove
 from ppc.redact import without_secrets
 from ppc.runtime import Runtime, remedy
@@ -245,6 +245,7 @@ class _State:
     ) -> None:
         self._stop.set()
         self._thread.join()
+        note_end(self._trial, self.attempt)
         killed = isinstance(error, (KeyboardInterrupt, SystemExit))
         try:
             if error is None:

@@ -181,6 +181,7 @@ def test_a_disk_that_fills_up_in_training_costs_no_more_than_an_epoch(
     assert run.ended(lambda: fill(disk)) == 1
     one_clear_error(run.text, "No space left on device; free space there")
     assert f"not written: {stage_of(storage, second, 'train_cam')}" in run.text
+    assert "at work" not in run.text, "nothing that could not say its last word counts as running"
     row = rows_of(storage)[1]
     assert row.state in (FAILED, INTERRUPTED), "as far as a full disk can tell"
     assert not list(disk.rglob("*.part")), "nothing half written is left on it"
