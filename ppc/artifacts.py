@@ -28,7 +28,9 @@ from ppc.places import (
     pause_s,
     read_bytes,
     read_from,
+    remove,
     remove_tree,
+    size_of,
     storage_path,
 )
 
@@ -259,7 +261,7 @@ class StageDir:
 
     def forget_stop(self) -> None:
         """Take back what was asked of a trial that is no longer at work here."""
-        (self.path / "stop.json").unlink(missing_ok=True)
+        remove(self.path / "stop.json")
 
     @contextmanager
     def lock(self, waiting: Callable[[], None] = lambda: None, poll_s: float = 1.0) -> Iterator[None]:
@@ -303,15 +305,22 @@ class StudyDir:
     name: str
 
     def definition(self) -> dict[str, Any]:
-        """The study as it was launched; ValueError when there is none of that name."""
-        study = read_json(self.path / "study.json")
+        """The study as it was launched; ValueError when there is none of that name, or a damaged one."""
+        path = self.path / "study.json"
+        study = read_json(path)
+        if not isinstance(study, dict) and size_of(path) is not None:
+            raise ValueError(
+                f"{path} is damaged; launch its file again (ppc study launch FILE): what is finished is not run again"
+            )
         if not isinstance(study, dict):
             raise ValueError(f"no study {self.name!r} in {self.path.parent}; launched studies: {self._others()}")
         return study
 
     def _others(self) -> str:
         folder = self.path.parent
-        return ", ".join(name for name in names_in(folder) if (folder / name / "study.json").exists()) or "none"
+        return (
+            ", ".join(name for name in names_in(folder) if size_of(folder / name / "study.json") is not None) or "none"
+        )
 
     def new_launch(self) -> StoragePath:
         """A fresh folder for the scheduler's own files; nothing is ever read back from it."""
@@ -360,6 +369,6 @@ class Storage:
         try:
             with atomic_write(self.root / ".probe", "w") as handle:
                 handle.write("ok")
-            (self.root / ".probe").unlink(missing_ok=True)
+            remove(self.root / ".probe")
         except OSError as error:
             raise ValueError(f"storage {self.root} cannot be written: {error}; pass --storage PLACE") from error

@@ -22,6 +22,7 @@ from rich.console import Console
 from ppc import __version__, local_study
 from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
 from ppc.config import EarlyStopping, StudyConfig, TrialConfig
+from ppc.faults import StorageError
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
@@ -36,6 +37,7 @@ from ppc.trial import Planner, data_name, nearest
 
 FORMAT = 1
 SETTLE_S = 20.0
+FAULT_FLUSH_S = 5.0  # for a tracker whose files are on a storage that takes nothing
 
 
 @dataclass(frozen=True)
@@ -214,7 +216,8 @@ def run_study(
 
     With a definition that is saved first (a launch); without, the study is as it was saved (a resume), but for
     `runtime`: overrides (`runtime.workers=2`) of what is still to run. With `stopped` the trials that were stopped
-    early are missing too, and run to the end. SIGINT and SIGTERM end the trials and no more.
+    early are missing too, and run to the end. SIGINT and SIGTERM end the trials and no more. So does storage that is
+    full, read-only or does not answer, when a trial has met it.
     """
     storage.check_writable()
     folder = storage.study(name)
@@ -236,25 +239,48 @@ def run_study(
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
         with SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
-            while todo or (todo := _next_round(storage, study, console)):
-                ended = False
-                with LiveStatus(storage, study, console):
-                    try:
-                        _run(todo, storage, study, launch_dir, where)
-                        ended = True
-                    except KeyboardInterrupt:
-                        print("interrupted: trials stop; what they finished stays", flush=True)
-                _mark_killed(storage, todo)
-                if not ended:
-                    break
-                todo = []
+            fault: OSError | None = _run_rounds(todo, storage, study, launch_dir, where, console)
             report = build_report(storage, name)
-            files = write_report(report, folder.path / "report")
-            loop.finish(files)
+            files = list[StoragePath]()
+            try:
+                files = write_report(report, folder.path / "report")
+            except OSError as error:  # the table is printed all the same
+                fault = fault or error
+            loop.finish(files, flush_s=None if fault is None else FAULT_FLUSH_S)
     print_report(report, console)
     rows = read_rows(storage, study)
     _say_end(console, storage, study, rows, loop, files)
-    return 0 if all(row.state in (FINISHED, STOPPED) for row in rows) else 1
+    if fault is not None:
+        console.print(f"storage: {fault}", highlight=False, markup=False, soft_wrap=True)
+    return 0 if fault is None and all(row.state in (FINISHED, STOPPED) for row in rows) else 1
+
+
+def _run_rounds(
+    todo: list[TrialRow],
+    storage: Storage,
+    study: dict[str, Any],
+    launch_dir: StoragePath,
+    where: Where,
+    console: Console,
+) -> StorageError | None:
+    """Run trials, and those of a search's next rounds; what of the storage ended it before."""
+    while todo or (todo := _next_round(storage, study, console)):
+        ended, fault = False, None
+        with LiveStatus(storage, study, console):
+            try:
+                _run(todo, storage, study, launch_dir, where)
+                ended = True
+            except KeyboardInterrupt:
+                print("interrupted: trials stop; what they finished stays", flush=True)
+            except StorageError as error:
+                fault = error
+        if fault is not None:  # each trial has tried to write its last word
+            return fault
+        _mark_killed(storage, todo)
+        if not ended:
+            return None
+        todo = []
+    return None
 
 
 def _settled(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
@@ -274,6 +300,7 @@ def _settled(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
 
 
 def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_dir: StoragePath, where: Where) -> None:
+    """Run trials; what one raises is in its error.json. StorageError when the storage kept one from going on."""
     if not where.local:
         from ppc.ray_study import cluster, run_rows  # ray is not needed for a local run
 
@@ -374,5 +401,6 @@ def _say_end(
         )
     if loop.problem:
         console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", highlight=False, markup=False)
-    console.print(f"report: {files[0]}", highlight=False, markup=False, soft_wrap=True)
+    if files:
+        console.print(f"report: {files[0]}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"MLflow UI: {command()} ui {study['name']}{flag}", highlight=False, markup=False, soft_wrap=True)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from ppc.artifacts import StageDir, Storage, now_ms, read_json
+from ppc.artifacts import StageDir, Storage, TrialDir, now_ms, read_json
 from ppc.places import is_remote
 
 HEARTBEAT_S = 5.0
@@ -80,6 +80,20 @@ def alive(state: dict[str, Any]) -> bool:
     return True
 
 
+_ended_here: set[tuple[str, int]] = set()  # folders and attempts of trials that this process has ended
+
+
+def note_end(trial: TrialDir, attempt: int) -> None:
+    """Remember that an attempt of this process is over, also where the storage did not take its last state."""
+    _ended_here.add((str(trial.path), attempt))
+
+
+def _over(trial: TrialDir, state: dict[str, Any]) -> bool:
+    """Whether nothing stands behind a RUNNING state: not even this process, which goes on after a trial."""
+    ended = (str(trial.path), state.get("attempt")) in _ended_here and state.get("pid") == os.getpid()
+    return ended or not alive(state)
+
+
 def stopped_at(row: TrialRow) -> str:
     """`epoch 2, train/cls 0.53` of a trial that was stopped early; empty for others."""
     if row.stopped is None:
@@ -97,7 +111,7 @@ def _row(storage: Storage, entry: dict[str, Any], study: dict[str, Any]) -> Tria
         word = INTERRUPTED
     elif word == FINISHED:  # the result is gone: it has to run again
         word = INTERRUPTED
-    elif word == RUNNING and not alive(state):
+    elif word == RUNNING and _over(trial, state):
         word = INTERRUPTED
     stage = state.get("stage")
     progress = None

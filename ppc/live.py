@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 from statistics import fmean
 from types import TracebackType
 from typing import Any
@@ -61,17 +62,22 @@ class LiveStatus:
     def _table(self, rows: list[TrialRow]) -> Table:
         return status_table(rows, title=self._headline(rows), generated=generated(self._study))
 
+    def _next_rows(self) -> list[TrialRow] | None:
+        """The rows a while later; None at the end."""
+        while not self._stop.wait(self._refresh_s):
+            with suppress(OSError):  # a store that does not answer: trials say so, and it may answer again
+                return read_rows(self._storage, self._study)
+        return None
+
     def _show(self) -> None:
         if self._console.is_terminal:
             with Live(console=self._console, auto_refresh=False) as live:
-                while not self._stop.wait(self._refresh_s):
-                    rows = read_rows(self._storage, self._study)
+                while (rows := self._next_rows()) is not None:
                     live.update(self._table(rows), refresh=True)
             return
         last = 0.0
         said: dict[str, str] = {}
-        while not self._stop.wait(self._refresh_s):
-            rows = read_rows(self._storage, self._study)
+        while (rows := self._next_rows()) is not None:
             states = {row.key: row.state for row in rows}
             if states != said or time.monotonic() - last > PLAIN_EVERY_S:
                 last, said = time.monotonic(), states

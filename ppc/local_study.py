@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from multiprocessing import get_context
 from multiprocessing.connection import wait
 from multiprocessing.context import SpawnProcess
+from multiprocessing.queues import SimpleQueue
+from typing import Any
 
 from ppc.artifacts import Storage
 from ppc.config import TrialConfig
+from ppc.faults import StorageError, as_data, storage_error
 from ppc.ledger import TrialRow
 from ppc.redact import without_secrets
 from ppc.runtime import LocalRuntime, WorkerDiedError
@@ -21,7 +24,8 @@ PR_SET_PDEATHSIG = 1  # a name of Linux's prctl.h
 
 
 def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int) -> None:
-    """Run trials of the ledger; returns when each has a result or an error. An interrupt ends them all.
+    """Run trials of the ledger; returns when each has a result or an error. An interrupt ends them all. StorageError
+    when the storage kept one from going on: others would meet it too, and are not begun.
 
     At one a time they run in this process. Else each has a process of its own, and all share the first GPU where there
     is one: what a machine offers that has no Ray.
@@ -29,15 +33,18 @@ def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int)
     cpus = os.cpu_count() or 1
     if max_concurrent == 1:
         for row in rows:
-            _run_row(row, storage, cpus)
+            if (fault := _run_row(row, storage, cpus)) is not None:
+                raise fault
         return
+    context = get_context("spawn")
+    faults = context.SimpleQueue()
     waiting, running = list(reversed(rows)), dict[int, tuple[SpawnProcess, TrialRow]]()
     try:
         while waiting or running:
             while waiting and len(running) < max_concurrent:
                 row = waiting.pop()
                 share = max(1, cpus // max_concurrent)
-                process = get_context("spawn").Process(target=_own_process, args=(row, storage, share, os.getpid()))
+                process = context.Process(target=_own_process, args=(row, storage, share, os.getpid(), faults))
                 process.start()
                 running[process.sentinel] = (process, row)
             for sentinel in wait(list(running)):
@@ -47,27 +54,36 @@ def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int)
                 if process.exitcode:
                     died = WorkerDiedError(f"the trial's process died (exit code {process.exitcode})")
                     record_failure(storage.trial(row.key), died)
+            if not faults.empty():
+                waiting.clear()
     finally:  # nothing of this launch works on when it is gone
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
             process.join()
+    if not faults.empty():
+        raise StorageError(*faults.get())
 
 
-def _own_process(row: TrialRow, storage: Storage, cpus: int, parent: int) -> None:
+def _own_process(row: TrialRow, storage: Storage, cpus: int, parent: int, faults: SimpleQueue[Any]) -> None:
     signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
     signal.signal(signal.SIGINT, signal.default_int_handler)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         if os.getppid() == parent:  # else it died before it could be told of
-            _run_row(row, storage, cpus)
+            if (fault := _run_row(row, storage, cpus)) is not None:
+                faults.put(as_data(fault))
     except KeyboardInterrupt:
         pass  # recorded by the trial
 
 
-def _run_row(row: TrialRow, storage: Storage, cpus: int) -> None:
+def _run_row(row: TrialRow, storage: Storage, cpus: int) -> StorageError | None:
+    """What of the storage kept the trial from going on."""
     try:
         stages = [(s["name"], s["key"]) for s in row.stages]
         run_trial(TrialConfig.model_validate(row.config), row.key, stages, storage, LocalRuntime(map_processes=cpus))
     except Exception as error:  # recorded in the trial's error.json; the others go on
+        if (fault := storage_error(error)) is not None:  # told by the launch
+            return fault
         print(without_secrets(f"{row.label}: {type(error).__name__}: {error}"), flush=True)
+    return None

@@ -27,6 +27,8 @@ from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
 
 from filelock import FileLock, Timeout
 
+from ppc.faults import asking_store, not_written, writing
+
 if TYPE_CHECKING:
     from upath import UPath
 
@@ -79,28 +81,25 @@ def pause_s(path: StoragePath) -> float:
 
 
 @contextmanager
-def as_os_error(path: StoragePath) -> Iterator[None]:
-    """The clients of object stores have errors of their own: whoever handles a bad disk handles those as well."""
-    try:
+def told(path: StoragePath, *, absent: bool = False) -> Iterator[None]:
+    """Storage that takes or gives nothing raises one StorageError about `path`, whatever it is and whoever noticed it.
+
+    `absent`: the file may not be there, which is a FileNotFoundError.
+    """
+    with writing(path) if isinstance(path, Path) else asking_store(path, absent=absent):
         yield
-    except (OSError, ValueError):
-        raise
-    except Exception as error:
-        if not is_remote(path):
-            raise
-        raise OSError(errno.EIO, f"{type(error).__name__}: {error}", str(path)) from error
 
 
 def read_bytes(path: StoragePath) -> bytes:
     """Contents of a file. OSError when that fails, FileNotFoundError when it is not there."""
-    with as_os_error(path):
+    with told(path, absent=True):
         return path.read_bytes()
 
 
 def names_in(folder: StoragePath) -> list[str]:
     """Names in a folder, sorted; none when it is not there."""
     try:
-        with as_os_error(folder):
+        with told(folder, absent=True):
             return sorted(path.name for path in folder.iterdir() if path.name)
     except (FileNotFoundError, NotADirectoryError):
         return []
@@ -109,7 +108,7 @@ def names_in(folder: StoragePath) -> list[str]:
 def size_of(path: StoragePath) -> int | None:
     """Bytes of a file, None when it is not there."""
     try:
-        with as_os_error(path):
+        with told(path, absent=True):
             return int(path.stat().st_size)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -124,7 +123,7 @@ def read_from(path: StoragePath, offset: int) -> bytes:
         with path.open("rb") as handle:
             handle.seek(offset)
             return handle.read()
-    with as_os_error(path):
+    with told(path, absent=True):
         return bytes(path.fs.cat_file(path.path, start=offset))
 
 
@@ -133,36 +132,44 @@ def remove_tree(folder: StoragePath) -> None:
     if isinstance(folder, Path):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    with suppress(OSError):
+    with suppress(OSError), told(folder):
         folder.fs.rm(folder.path, recursive=True)
+
+
+def remove(path: StoragePath) -> None:
+    """Delete a file, which may not be there."""
+    with told(path, absent=True):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_write(path: StoragePath, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
     """Open a file that appears under its name only when the block ends without an error.
 
-    It outlives a power cut too, unless it is not `durable`.
+    It outlives a power cut too, unless it is not `durable`. StorageError when the storage is full or read-only.
     """
     if not isinstance(path, Path):
         buffer: BytesIO | StringIO = BytesIO() if "b" in mode else StringIO()
         yield buffer
         value = buffer.getvalue()
-        with as_os_error(path):
+        with told(path):
             path.fs.pipe_file(path.path, value.encode() if isinstance(value, str) else value)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    try:
-        with os.fdopen(descriptor, mode) as handle:
-            yield handle
-            if durable:
-                handle.flush()
-                os.fsync(handle.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with told(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+        try:
+            with os.fdopen(descriptor, mode) as handle:
+                yield handle
+                if durable:
+                    handle.flush()
+                    os.fsync(handle.fileno())
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, path)
+        except BaseException:
+            with suppress(OSError):  # it became read-only: the cause is what matters
+                Path(temporary).unlink(missing_ok=True)
+            raise
 
 
 # -- files that grow
@@ -191,10 +198,11 @@ class FileAppender:
 
     def __init__(self, path: Path, whole: bytes) -> None:
         self._path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._handle = path.open("ab", buffering=0)
-        if self._handle.seek(0, os.SEEK_END) > len(whole):
-            self._handle.truncate(len(whole))
+        with told(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._handle = path.open("ab", buffering=0)
+            if self._handle.seek(0, os.SEEK_END) > len(whole):
+                self._handle.truncate(len(whole))
 
     def append(self, line: bytes) -> None:
         """See `Appender.append`."""
@@ -202,10 +210,10 @@ class FileAppender:
         try:
             written = self._handle.write(line)
         except OSError as error:
-            raise OSError(error.errno, f"not written: {error.strerror}", str(self._path)) from error
+            raise not_written(error.errno or errno.EIO, self._path) from error
         if written != len(line):  # a disk that is nearly full takes a part
             self._handle.truncate(size)
-            raise OSError(errno.ENOSPC, "not written, is the disk full?", str(self._path))
+            raise not_written(errno.ENOSPC, self._path)
 
     def flush(self) -> None:
         """See `Appender.flush`."""
@@ -221,6 +229,7 @@ class ObjectAppender:
     def __init__(self, path: UPath, whole: bytes) -> None:
         self._path, self._data, self._sent = path, bytearray(whole), len(whole)
         self._next = time.monotonic() + REMOTE_EVERY_S
+        self._failed = False
 
     def append(self, line: bytes) -> None:
         """See `Appender.append`."""
@@ -231,14 +240,16 @@ class ObjectAppender:
     def flush(self) -> None:
         """See `Appender.flush`."""
         if len(self._data) != self._sent:
-            with as_os_error(self._path):
+            self._failed = True
+            with told(self._path):
                 self._path.fs.pipe_file(self._path.path, bytes(self._data))
-            self._sent = len(self._data)
+            self._sent, self._failed = len(self._data), False
         self._next = time.monotonic() + REMOTE_EVERY_S
 
     def close(self) -> None:
-        """See `Appender.close`."""
-        self.flush()
+        """See `Appender.close`. A store that did not answer the last time is not asked again: that takes long."""
+        if not self._failed:
+            self.flush()
 
 
 # -- locks
@@ -274,7 +285,7 @@ def locked(
 
 
 def _try(lock: _KernelLock | Lease, path: StoragePath) -> bool:
-    with as_os_error(path):
+    with told(path):
         return lock.try_acquire()
 
 
@@ -319,14 +330,14 @@ class Lease:
         body = dumps(value).encode()
         try:
             answer = self._fs.call_s3("put_object", Bucket=self._bucket, Key=self._key, Body=body, **condition)
-        except (
-            OSError
-        ):  # the condition does not hold; or an earlier try of this request did it, and its answer got lost
+        except OSError as error:
             version, found = self._get()
-            if found != value:
+            if found == value:  # an earlier try of this request did it, and its answer got lost
+                self._version = version
+                return True
+            if _condition_failed(error):
                 return False
-            self._version = version
-            return True
+            raise  # a store that is full, or where we may not write: no use in waiting for it
         self._version = str(answer["ETag"])
         return True
 
@@ -367,13 +378,17 @@ class Lease:
         return time.monotonic() - self._seen[1] >= STALE_S
 
     def _renew(self) -> None:
+        said = False
         while not self._stop.wait(RENEW_S):
             try:
                 if not self._put(IfMatch=self._version):
                     print(f"lease {self._name} was taken over by another process", flush=True)
                     return
+                said = False
             except Exception as error:  # the store does not answer now
-                print(f"lease {self._name} not renewed: {type(error).__name__}: {error}", flush=True)
+                if not said:
+                    print(f"lease {self._name} not renewed: {type(error).__name__}: {error}", flush=True)
+                said = True
 
     def release(self) -> None:
         """Let others have it."""
@@ -382,6 +397,13 @@ class Lease:
             self._thread.join()
         with suppress(Exception):  # it goes stale by itself
             self._put(held=False, IfMatch=self._version)
+
+
+def _condition_failed(error: OSError) -> bool:
+    """Whether a conditional write was refused because somebody else wrote, or deleted, the object before."""
+    answer = getattr(error.__cause__, "response", {})
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status in (409, 412) or answer.get("Error", {}).get("Code") == "NoSuchKey"
 
 
 def _process_exists(pid: Any) -> bool:

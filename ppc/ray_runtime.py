@@ -20,7 +20,7 @@ from typing import Any
 import ray
 
 from ppc.config import RuntimeConfig
-from ppc.places import StoragePath
+from ppc.places import StoragePath, remove
 from ppc.runtime import (
     MapFunction,
     Meter,
@@ -205,15 +205,16 @@ def _train_loop(config: dict[str, Any]) -> None:
     from ray.train import get_context
 
     rank = get_context().get_world_rank()
-    raise_file(config["raised"], rank).unlink(missing_ok=True)
+    remove(raise_file(config["raised"], rank))
     prepare_process(config["cpus"])
     try:
         config["worker"](config["payload"], _device())
-        raise_file(config["raised"], rank).unlink(missing_ok=True)  # by a worker of a host that was cut off
+        remove(raise_file(config["raised"], rank))  # by a worker of a host that was cut off
     except TrainingStopped as error:  # all workers raise it at the same step
         record_raise(config["raised"], rank, error)
     except Exception as error:
-        record_raise(config["raised"], rank, error)
+        if not record_raise(config["raised"], rank, error):
+            raise  # full storage: Ray Train tells of it, after its tries; what is not told is taken for a good end
         if dist.is_initialized():
             if dist.get_backend() == "nccl" and dist.get_world_size() > 1:
                 raise  # nothing tells peers that wait on a GPU; Ray Train ends them

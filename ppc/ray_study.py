@@ -19,6 +19,7 @@ from ray import tune
 
 from ppc.artifacts import Storage
 from ppc.config import TrialConfig
+from ppc.faults import StorageError, as_data, storage_error
 from ppc.ledger import TrialRow
 from ppc.places import StoragePath
 from ppc.ray_runtime import RayRuntime, ray_storage, trial_resources
@@ -85,7 +86,10 @@ def run_rows(
     max_concurrent: int | None,
     early: Early | None = None,
 ) -> None:
-    """Run trials of the ledger; returns when each has a result or an error or was stopped, or when interrupted."""
+    """Run trials of the ledger; returns when each has a result or an error or was stopped, or when interrupted.
+
+    StorageError when one could not go on because of the storage.
+    """
     trials = {row.key: (row.config, [(s["name"], s["key"]) for s in row.stages]) for row in rows}
     # No CPU: a driver waits while its tasks work. Ray wants some resource, and a driver belongs on the head.
     resources = {"cpu": 0, "node:__internal_head__": 0.001}
@@ -95,6 +99,8 @@ def run_rows(
         ),
         resources,
     )
+    # Tune's own state is never read: a full disk that does not take it is no news beside what the trials say.
+    logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     tuner = tune.Tuner(
         trainable,
         param_space={"key": tune.grid_search(list(trials))},
@@ -112,10 +118,17 @@ def run_rows(
             failure_config=tune.FailureConfig(max_failures=1),
         ),
     )
+    faults: list[StorageError] = []
     for outcome in tuner.fit():
+        if (told := (outcome.metrics or {}).get("fault")) is not None:
+            faults.append(StorageError(*told))
         if outcome.error is not None and outcome.config is not None:  # its process died again
             key = outcome.config["key"]
-            record_failure(storage.trial(key), WorkerDiedError(f"the trial's own process died twice: {outcome.error}"))
+            died = WorkerDiedError(f"the trial's own process died twice: {outcome.error}")
+            if (fault := _record(storage, key, died)) is not None:
+                faults.append(fault)
+    if faults:  # one full disk is one message, however many trials met it
+        raise faults[0]
 
 
 def _drive(
@@ -130,5 +143,15 @@ def _drive(
     except TrainingStopped:
         tune.report({"finished": 0})
     except Exception as error:
-        record_failure(storage.trial(config["key"]), error)
-        tune.report({"finished": 0})
+        fault = storage_error(error) or _record(storage, config["key"], error)
+        told = {} if fault is None else {"fault": as_data(fault)}
+        tune.report({"finished": 0, **told})
+
+
+def _record(storage: Storage, key: str, error: Exception) -> StorageError | None:
+    """`record_failure`; what of the storage kept it from being recorded."""
+    try:
+        record_failure(storage.trial(key), error)
+    except StorageError as fault:
+        return fault
+    return None

@@ -24,6 +24,7 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from ppc.artifacts import read_json, write_json
 from ppc.config import RuntimeConfig
+from ppc.faults import StorageError, as_data
 from ppc.places import StoragePath, names_in
 from ppc.redact import without_secrets
 
@@ -214,8 +215,8 @@ def raise_file(folder: StoragePath, rank: int) -> StoragePath:
     return folder / f"raised-{rank}"
 
 
-def record_raise(folder: StoragePath, rank: int, error: Exception) -> None:
-    """Record what a worker raised, for `first_raise`; before its peers can notice that it is gone.
+def record_raise(folder: StoragePath, rank: int, error: Exception) -> bool:
+    """Record what a worker raised, for `first_raise`; before its peers can notice that it is gone. Whether it could.
 
     As text: the folder may be on storage, and nothing is unpickled from there.
     """
@@ -224,10 +225,14 @@ def record_raise(folder: StoragePath, rank: int, error: Exception) -> None:
         "type": type(error).__name__,
         "message": str(error),
         "value_error": isinstance(error, ValueError),
+        "storage": as_data(error) if isinstance(error, StorageError) else None,
         "traceback": without_secrets("".join(traceback.format_exception(error))),
     }
-    with suppress(OSError):  # a full disk must not hide the error
+    try:
         write_json(raise_file(folder, rank), record)
+    except OSError:  # a full disk must not hide the error
+        return False
+    return True
 
 
 def first_raise(folder: StoragePath) -> Exception | None:
@@ -241,9 +246,12 @@ def first_raise(folder: StoragePath) -> Exception | None:
     if not found:
         return None
     first = min(found, key=lambda record: int(record["time_ns"]))
-    kind: type[Exception] = ValueError if first["value_error"] else RuntimeError
-    if first["type"] != kind.__name__:
-        kind = type(str(first["type"]), (kind,), {"__module__": "ppc.worker"})
-    error = kind(str(first["message"]))
+    if first["storage"] is not None:
+        error: Exception = StorageError(*first["storage"])
+    else:
+        kind: type[Exception] = ValueError if first["value_error"] else RuntimeError
+        if first["type"] != kind.__name__:
+            kind = type(str(first["type"]), (kind,), {"__module__": "ppc.worker"})
+        error = kind(str(first["message"]))
     error.__cause__ = RuntimeError(f"in a worker:\n{first['traceback']}")
     return error

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Protocol
 
+from ppc.faults import storage_error
 from ppc.ledger import TrialRow
 from ppc.places import StoragePath
 from ppc.redact import without_secrets
@@ -46,7 +47,8 @@ class NoTracker:
 class SyncLoop:
     """Keeps a tracker up to date from a daemon thread. An error is said once, and what failed is tried again.
 
-    As a context manager it starts at once, and sends what is left when the block ends (after an error: briefly).
+    As a context manager it starts at once, and sends what is left when the block ends (after an error: briefly; when
+    the storage has not answered: it has nothing to send).
     """
 
     def __init__(
@@ -108,7 +110,8 @@ class SyncLoop:
         except Exception as error:  # the study goes on, whatever a tracker raises
             self.errors += 1
             text = without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
-            if self.last_error is None and not self._ending.is_set():
+            silent = self._ending.is_set() or storage_error(error) is not None  # trials say what storage does not do
+            if self.last_error is None and not silent:
                 self._say(f"tracking: {text}; the study goes on, and this is sent later")
             self.last_error = text
             return False
@@ -125,4 +128,4 @@ class SyncLoop:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if not self._ending.is_set():
-            self.finish(flush_s=FLUSH_S if error is None else 10.0)
+            self.finish(flush_s=FLUSH_S if error is None else 10.0 if storage_error(error) is None else 1.0)

@@ -22,8 +22,9 @@ from torch import Tensor, nn
 
 from ppc.artifacts import Journal, Progress, StageDir
 from ppc.config import RuntimeConfig
+from ppc.faults import StorageError
 from ppc.optim import poly_lr, set_lr
-from ppc.places import StoragePath, atomic_write, names_in, read_bytes
+from ppc.places import StoragePath, atomic_write, names_in, read_bytes, remove
 
 Batch = Mapping[str, Any]
 KEEP_CHECKPOINTS = 2
@@ -251,11 +252,14 @@ def save_checkpoint(job: Job, stage: StageDir, epoch: int) -> None:
     with atomic_write(stage / "checkpoints" / f"epoch-{epoch:05d}.pt") as handle:
         torch.save(state, handle)
     for old in checkpoints(stage)[KEEP_CHECKPOINTS:]:
-        old.unlink(missing_ok=True)
+        remove(old)
 
 
 def _load_newest(job: Job, stage: StageDir, device: torch.device) -> int:
-    """Load the newest checkpoint that is whole; the epoch to go on with. All workers take the same one."""
+    """Load the newest checkpoint that is whole; the epoch to go on with. All workers take the same one.
+
+    StorageError, and not an earlier one or a new start, when the store does not give what it has.
+    """
     for path in checkpoints(stage):
         try:
             data = BytesIO(read_bytes(path))
@@ -267,6 +271,8 @@ def _load_newest(job: Job, stage: StageDir, device: torch.device) -> int:
             key, epoch, net, optimizer = (state[name] for name in ("key", "epoch", "net", "optimizer"))
             if not _all_finite(net.values()):
                 raise BadZipFile("it holds weights that are not finite")
+        except StorageError:
+            raise
         except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError, BadZipFile) as error:
             print(f"checkpoint {path} is damaged ({type(error).__name__}); taking the one before", flush=True)
             continue

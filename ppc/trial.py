@@ -21,7 +21,9 @@ from ppc.config import DataConfig, TrialConfig
 from ppc.crf import PRESETS
 from ppc.data import VocLayout, open_dataset
 from ppc.data.check import fingerprint
-from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED
+from ppc.faults import storage_error
+from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, note_end
+from ppc.places import remove
 from ppc.redact import without_secrets
 from ppc.runtime import Runtime, remedy
 from ppc.stages import WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits
@@ -223,11 +225,15 @@ class _State:
             write_json(self._trial.path / "state.json", self._values)
 
     def _beat(self) -> None:
+        said = False
         while not self._stop.wait(HEARTBEAT_S):
             try:
                 self.write()
-            except OSError as error:  # a full disk must not end the training that could still free it
-                print(f"heartbeat of trial {self._trial.key} not written: {error}", flush=True)
+                said = False
+            except OSError as error:  # a full disk must not end the training: it may have space again
+                if not said:
+                    print(f"heartbeat of trial {self._trial.key}: {error.strerror}; the trial goes on", flush=True)
+                said = True
 
     def __enter__(self) -> _State:
         self.write()
@@ -239,19 +245,21 @@ class _State:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        if error is None:
-            self.write(state=FINISHED, ended_ms=now_ms())
-            return
+        note_end(self._trial, self.attempt)
         killed = isinstance(error, (KeyboardInterrupt, SystemExit))
         try:
+            if error is None:
+                self.write(state=FINISHED, ended_ms=now_ms())
+                return
             if isinstance(error, TrainingStopped):  # nothing is wrong: neither an error nor a result
-                (self._trial.path / "error.json").unlink(missing_ok=True)
+                remove(self._trial.path / "error.json")
                 self.write(state=STOPPED, ended_ms=now_ms())
                 return
             write_json(self._trial.path / "error.json", _describe(error, self._values))
             self.write(state=KILLED if killed else FAILED, ended_ms=now_ms())
-        except OSError as second:
-            print(f"state of trial {self._trial.key} not written: {second}", flush=True)
+        except OSError as second:  # a result alone decides that a trial is finished
+            if storage_error(error) is None:  # else the same is being told
+                print(f"state of trial {self._trial.key}: {second}", flush=True)
 
 
 def _describe(error: BaseException, state: Mapping[str, Any]) -> dict[str, Any]:
@@ -322,7 +330,7 @@ def run_trial(
         result.setdefault("metrics", {})
         write_json(trial.path / "result.json", result)
     with suppress(OSError):  # the error of an earlier attempt; a result outweighs it
-        (trial.path / "error.json").unlink(missing_ok=True)
+        remove(trial.path / "error.json")
     return result
 
 

@@ -21,6 +21,7 @@ from ppc.artifacts import Progress, StageDir
 from ppc.cam import merge_scales, seed_from_cam
 from ppc.config import TrialConfig
 from ppc.data import VocLayout
+from ppc.faults import StorageError
 from ppc.figures import overlay, palette_png
 from ppc.methods import METHODS
 from ppc.metrics import OFFICIAL_THRESHOLDS, Counts, choose_bg_score, curve_counts, curve_miou
@@ -178,6 +179,8 @@ def read_cam(path: StoragePath) -> tuple[Any, Any] | None:
     try:
         with np.load(BytesIO(read_bytes(path))) as stored:
             return stored["keys"], stored["cam"]
+    except StorageError:
+        raise
     except (EOFError, ValueError, KeyError, OSError, BadZipFile, zlib.error):
         return None
 

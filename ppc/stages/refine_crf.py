@@ -13,6 +13,7 @@ from ppc.config import CrfConfig
 from ppc.crf import PRESETS, refine_seed
 from ppc.data import VocLayout
 from ppc.figures import palette_png
+from ppc.places import size_of
 from ppc.stages.context import StageContext
 from ppc.stages.make_seeds import images_of, read_cam
 
@@ -45,7 +46,7 @@ def refine_chunk(shared: Shared, ids: Sequence[str], device: torch.device) -> No
     """Write the masks of some images."""
     for image_id in ids:
         path = shared.folder / "masks" / f"{image_id}.png"
-        if path.exists():  # it was written whole
+        if size_of(path) is not None:  # it was written whole
             continue
         loaded = read_cam(shared.seeds / "cams" / f"{image_id}.npz")
         if loaded is None:

@@ -16,6 +16,7 @@ from ppc.backbones import Normalisation
 from ppc.config import TrialConfig
 from ppc.data import VocLayout
 from ppc.data.loader import CamLoader, CamTrainSet
+from ppc.faults import StorageError
 from ppc.methods import Losses, build_net, net_normalisation
 from ppc.nets import CamNet
 from ppc.optim import effective_momentum, make_sgd, param_groups
@@ -129,6 +130,8 @@ def load_net(cfg_json: str, num_fg: int, path: StoragePath, device: torch.device
     try:
         state = torch.load(BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
         net.load_state_dict(state["net"])
+    except StorageError:
+        raise
     except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
         raise ValueError(f"{path} does not hold this trial's net ({error}); delete its folder and run again") from error
     return net.to(device).eval(), Normalisation.from_dict(state["normalisation"])
