@@ -288,26 +288,33 @@ def ui(
     study: Annotated[str | None, typer.Argument(help="Study whose page the link opens.")] = None,
     storage: StorageOption = DEFAULT_STORAGE,
     host: str = "127.0.0.1",
-    port: int = 5000,
+    port: Annotated[int | None, typer.Option(help="Default: 5000, or another one when that is taken.")] = None,
 ) -> None:
     """Serve this storage's MLflow until Ctrl-C, and print the link."""
-    from ppc.mlflow_server import default_uri, experiment_id, start_ui, study_link
+    from ppc.exposure import open_to_others
+    from ppc.mlflow_embedded import running, start_ui
+    from ppc.mlflow_server import default_uri, experiment_id, study_link
 
     store = _storage(storage)
     experiment = None if study is None else experiment_id(store, study, default_uri(store))
     if study is not None and experiment is None:
         store.study(study).definition()  # says so when there is no such study
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    found = running(store)
+    if found is not None and found[1] == "ui" and port is None:
+        say(f"MLflow: {study_link(found[0], experiment)}\nanother `ppc ui` serves it already")
+        return
+    if (warning := open_to_others(host)) is not None:
+        say(f"WARNING: {warning}")
     with start_ui(store, host, port) as server:
-        console.print(
-            f"MLflow: {study_link(server.url, experiment)}\nCtrl-C ends it",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"MLflow: {study_link(server.url, experiment)}\nCtrl-C ends it")
         try:
             server.wait()
         except KeyboardInterrupt:
-            console.print("stopped", markup=False)
+            say("stopped")
 
 
 @data_app.command("make-scenes")
@@ -352,7 +359,7 @@ def doctor(storage: StorageOption = DEFAULT_STORAGE) -> None:
 
     findings = examine(_storage(storage))
     for finding in findings:
-        word = Text(f"{'ok' if finding.ok else 'MISSING':8}", style="green" if finding.ok else "red")
+        word = Text(f"{'ok' if finding.ok else finding.word:8}", style="green" if finding.ok else "red")
         console.print(word.append(finding.text, style="default"), soft_wrap=True)
     raise typer.Exit(0 if all(finding.ok or finding.optional for finding in findings) else 1)
 

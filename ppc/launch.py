@@ -25,6 +25,7 @@ from ppc.config import EarlyStopping, StudyConfig, TrialConfig
 from ppc.faults import StorageError
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
+from ppc.mlflow_embedded import server_of_launch
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
 from ppc.report import build_report, print_report, write_report
 from ppc.resources import change_runtime
@@ -38,6 +39,7 @@ from ppc.trial import Planner, data_name, nearest
 FORMAT = 1
 SETTLE_S = 20.0
 FAULT_FLUSH_S = 5.0  # for a tracker whose files are on a storage that takes nothing
+AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # console.print of a line
 
 
 @dataclass(frozen=True)
@@ -238,7 +240,8 @@ def run_study(
         _say_plan(console, study, read_rows(storage, study), todo, left_out, where)
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
-        with SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
+        server = server_of_launch(where.tracking, storage, name, lambda text: console.print(text, **AS_IT_IS))
+        with server, SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
             fault: OSError | None = _run_rounds(todo, storage, study, launch_dir, where, console)
             report = build_report(storage, name)
             files = list[StoragePath]()

@@ -39,7 +39,18 @@ from ppc.ledger import (
     counts,
     stage_dirs,
 )
-from ppc.mlflow_server import QUIET, TrackingError, check_uri, is_server, probe, tracking_uri, words_of
+from ppc.mlflow_server import (
+    QUIET,
+    TrackingError,
+    artifact_place,
+    check_uri,
+    default_uri,
+    is_server,
+    move_artifacts,
+    probe,
+    tracking_uri,
+    words_of,
+)
 from ppc.places import LockedError, StoragePath, locked, names_in, read_bytes
 from ppc.redact import safe_uri
 from ppc.run_record import Point, is_number, metric_name
@@ -128,11 +139,13 @@ class MlflowTracker:
             self._save()
 
     def _connect(self) -> None:
+        if self.uri == default_uri(self.storage):
+            move_artifacts(self.storage)
         self._mlflow = _client(self.uri)
         name = f"ppc/{self.study['name']}"
         found = self._mlflow.get_experiment_by_name(name)
         if found is None:  # a database has no place for artifacts: without ours they would go to the current folder
-            place = (self.storage.here / "mlflow" / "artifacts" / self.study["name"]).as_uri()
+            place = artifact_place(self.storage, self.study["name"])
             number = self._mlflow.create_experiment(name, None if is_server(self.uri) else place)
         elif found.lifecycle_stage == "deleted":
             restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"

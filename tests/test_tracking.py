@@ -19,16 +19,8 @@ from fake_study import FakeStudy
 from ppc import tracking
 from ppc.artifacts import Storage, now_ms
 from ppc.ledger import STALE_S, TrialRow
-from ppc.mlflow_server import (
-    TrackingError,
-    check_uri,
-    default_uri,
-    experiment_id,
-    start_ui,
-    study_link,
-    tracking_uri,
-    ui_command,
-)
+from ppc.mlflow_embedded import start_ui, ui_command
+from ppc.mlflow_server import TrackingError, check_uri, default_uri, experiment_id, study_link, tracking_uri
 from ppc.redact import safe_uri
 from ppc.run_record import metric_name, new_points
 from ppc.tracking import MlflowTracker, NoTracker, SyncLoop, Tracker, make_tracker
