@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +77,14 @@ def test_a_trial_that_asks_for_more_than_there_is_fails_with_that_word(tmp_path:
 
 def note_device(shared: int, part: Sequence[int], device: torch.device) -> str:
     return str(device)
+
+
+def test_no_port_of_our_own_cluster_is_open_to_others(ray_here: None) -> None:
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    heard = [(p.name(), place) for p in processes for place in p.net_connections("inet") if place.status == "LISTEN"]
+    assert "gcs_server" in {name for name, _ in heard}
+    addresses = {ip_address(place.laddr.ip.removeprefix("::ffff:")) for _, place in heard}
+    assert all(address.is_loopback for address in addresses), heard
 
 
 def test_images_wait_for_no_gpu_that_never_comes(ray_here: None) -> None:
