@@ -59,6 +59,11 @@ def _storage(place: str) -> Any:
     return Storage.at(place)
 
 
+def _beside_a_user() -> bool:
+    """Whether this is no job on a cluster's head, whose loopback nobody looks at."""
+    return "PPC_CODE" not in os.environ
+
+
 def _run_defined(definition: dict[str, Any], storage: Any, where: Any) -> None:
     from ppc.launch import run_study
 
@@ -90,7 +95,9 @@ def run(
     spec = TrialSpec(name, {}, trial.seed, trial)
     store = _storage(storage)
     definition = define(study, [spec], name, store, any_metric=True)
-    _run_defined(definition, store, Where(local, address, num_cpus, None, "none" if local else tracking))
+    _run_defined(
+        definition, store, Where(local, address, num_cpus, None, "none" if local else tracking, ui=_beside_a_user())
+    )
 
 
 @study_app.command("launch")
@@ -137,7 +144,11 @@ def study_launch(
         definition = define_search(study, base, store)
     else:
         definition = define(study, specs, baseline(study, specs), store)
-    _run_defined(definition, store, Where(local, address, num_cpus, max_concurrent, "none" if local else tracking))
+    _run_defined(
+        definition,
+        store,
+        Where(local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user()),
+    )
 
 
 @study_app.command("resume")
@@ -165,7 +176,7 @@ def study_resume(
         raise resume_there(name, str(address), storage, words, max_concurrent, tracking, follow)
     from ppc.launch import Where, run_study
 
-    where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking)
+    where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user())
     raise typer.Exit(
         run_study(_storage(storage or DEFAULT_STORAGE), name, where, console, runtime=sets, stopped=stopped)
     )

@@ -51,6 +51,7 @@ class Where:
     num_cpus: int | None = None  # of the cluster that is started
     max_concurrent: int | None = None
     tracking: str | None = None  # MLflow URI, `none`, or None for the storage's own
+    ui: bool = False  # beside a launch that tracks into the storage's own, serve it
 
 
 def code_version() -> dict[str, Any]:
@@ -240,7 +241,8 @@ def run_study(
         _say_plan(console, study, read_rows(storage, study), todo, left_out, where)
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
-        server = server_of_launch(where.tracking, storage, name, lambda text: console.print(text, **AS_IT_IS))
+        option = where.tracking if where.ui else "none"
+        server = server_of_launch(option, storage, name, lambda text: console.print(text, **AS_IT_IS))
         with server, SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
             fault: OSError | None = _run_rounds(todo, storage, study, launch_dir, where, console)
             report = build_report(storage, name)
