@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -108,9 +109,12 @@ def test_a_killed_launch_is_resumed_and_finished_trials_stay(tmp_path: Path) -> 
     while not any(row.state == RUNNING and row.key in shown_running(storage) for row in read_rows(storage, study)):
         assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "log").read_text()
         time.sleep(0.02)
-    held = f"is being run by pid {process.pid} on {socket.gethostname()} since {time.strftime('%Y-%m-%d')} [0-9:]+; "
-    with pytest.raises(ValueError, match=held):
+    held = rf"is being run by pid {process.pid} on {socket.gethostname()} since (\S+ \S+); "
+    with pytest.raises(ValueError, match=held) as refused:
         run_study(storage, "k", Where(local=True, tracking="none"), QUIET)
+    (since,) = re.findall(held, str(refused.value))
+    since_s = time.mktime(time.strptime(since, "%Y-%m-%d %H:%M:%S"))
+    assert psutil.Process(process.pid).create_time() - 1 <= since_s <= time.time()
     children = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(signal.SIGKILL)
     process.wait()
