@@ -17,7 +17,7 @@ from ppc.launch import Where, run_study
 from ppc.ledger import FAILED, FINISHED, TrialRow, read_rows
 
 # The warnings of Ray and MLflow are not ours.
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.filterwarnings("ignore")]
 STEPS = 2  # an epoch
 EPOCHS = 20
 
@@ -129,7 +129,7 @@ def test_killed_workers_and_drivers_cost_nothing_but_time(tmp_path: Path) -> Non
     finished = [row for row in rows if row.state == FINISHED]
     files = [p for row in finished for f in (storage.trial(row.key).path, training(storage, row)) for p in f.rglob("*")]
     before = {path: path.stat().st_mtime_ns for path in files if path.is_file()}
-    assert run_study(storage, "k", Where(num_cpus=2), QUIET) == 0
+    assert run_study(storage, "k", Where(local=True), QUIET) == 0  # numbers do not depend on where it is
     assert {path: path.stat().st_mtime_ns for path in before} == before, "a finished trial was touched"
     again = runs_of(storage)
     assert {key: run.info.run_id for key, run in again.items()} == {key: run.info.run_id for key, run in runs.items()}
