@@ -83,12 +83,19 @@ class RayRuntime:
         # So long Ray Train waits for room to start workers, again after a node died. A busy cluster gets more tries.
         start_s = max(5.0, cfg.resource_wait_s)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{start_s:g}"
-        for tries_left in range(START_TRIES, -1, -1):
+        deaths = 0
+        for tries_left in range(START_TRIES + cfg.max_failures, -1, -1):
             try:
                 return self._fit(worker, payload, cfg)
             except ControllerError as error:
                 one = {"CPU": cfg.cpus_per_worker, "GPU": cfg.gpus_per_worker}
                 wait_for_resources(one, cfg.workers, 0, waited_s=start_s)
+                if isinstance(error.controller_failure, ray.exceptions.RayActorError):
+                    # A worker that dies while Ray Train starts it: that is not one of Ray Train's own tries.
+                    deaths += 1
+                    if deaths > cfg.max_failures or not tries_left:
+                        raise _died(cfg.max_failures, error.controller_failure) from error
+                    continue
                 no_start = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
                 if NO_NCCL in str(error):
                     raise ValueError(f"Ray gave the trial's workers GPUs, but {NO_GPU}") from error

@@ -158,7 +158,8 @@ def test_a_process_that_dies_at_every_try_ends_in_one_clear_error(
     cfg = RuntimeConfig(engine=engine, workers=workers, max_failures=1)
     with pytest.raises(WorkerDiedError, match=r"died and so did 1 more tries \(runtime.max_failures\)"):
         RayRuntime(tmp_path / "scratch").train(die_in_the_last, made(tmp_path / "seen"), cfg)
-    assert len(list((tmp_path / "seen").glob(f"{workers - 1}-*"))) == 2
+    tries = len(list((tmp_path / "seen").glob(f"{workers - 1}-*")))
+    assert tries == 2 if engine == "task" else 2 <= tries <= 4  # deaths at the start and later ones are counted apart
 
 
 def made(folder: Path) -> Path:
