@@ -279,19 +279,22 @@ def figure(
 
 
 @app.command()
-def sync(name: str, storage: StorageOption = DEFAULT_STORAGE, tracking: TrackingOption = None) -> None:
-    """Send to MLflow what a launch could not send. Sending twice changes nothing."""
-    from ppc.ledger import read_rows
-    from ppc.report import build_report, write_report
-    from ppc.tracking import make_tracker
+def sync(
+    name: Annotated[str | None, typer.Argument(help="Study. Default: all of the storage.")] = None,
+    storage: StorageOption = DEFAULT_STORAGE,
+    tracking: TrackingOption = None,
+    every: Annotated[bool, typer.Option("--all", help="All studies of the storage.")] = False,
+) -> None:
+    """Send to MLflow what a launch could not send, and that a killed one is not running. Twice changes nothing."""
+    from ppc.reaper import study_names, sync_studies
 
+    if name is not None and every:
+        raise ValueError(f"sync {name} --all: name one study, or say --all")
     store = _storage(storage)
-    study = store.study(name).definition()
-    tracker = make_tracker(tracking, store, study, None)
-    tracker.sync(read_rows(store, study), final=True)
-    tracker.attach(write_report(build_report(store, name), store.study(name).path / "report"))
-    tracker.close()
-    console.print(f"{name} is in the tracker", highlight=False, markup=False)
+    names = study_names(store) if name is None else [name]
+    sync_studies(store, names, tracking, lambda text: console.print(text, highlight=False, markup=False))
+    if not names:
+        console.print(f"no study in {store.root}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -301,12 +304,14 @@ def ui(
     host: str = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Default: 5000, or another one when that is taken.")] = None,
 ) -> None:
-    """Serve this storage's MLflow until Ctrl-C, and print the link."""
+    """Serve this storage's MLflow until Ctrl-C, and print the link. What a killed launch left running there ends."""
     from ppc.exposure import open_to_others
     from ppc.mlflow_embedded import running, start_ui
     from ppc.mlflow_server import default_uri, experiment_id, study_link
+    from ppc.reaper import end_what_is_dead
 
     store = _storage(storage)
+    end_what_is_dead(store, default_uri(store))
     experiment = None if study is None else experiment_id(store, study, default_uri(store))
     if study is not None and experiment is None:
         store.study(study).definition()  # says so when there is no such study

@@ -188,8 +188,9 @@ def launch_lock(folder: StudyDir) -> Iterator[None]:
     holder = folder.path / "launch-holder.json"
     with ExitStack() as stack:
         try:
-            timeout_s = STALE_S + 5.0 if is_remote(folder.path) else 0.0
-            stack.enter_context(locked(folder.path / ".launch.lock", timeout_s=timeout_s))
+            # 1 s: whoever only looks whether the study is being run (`being_run`) holds it for a moment
+            timeout_s = STALE_S + 5.0 if is_remote(folder.path) else 1.0
+            stack.enter_context(locked(folder.launch_lock, timeout_s=timeout_s))
         except LockedError as error:
             raise _held(folder.name, read_json(holder) or {}) from error
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since_ms": now_ms()})

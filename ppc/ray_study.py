@@ -42,14 +42,19 @@ QUIET_ENV = {
 
 
 @contextmanager
-def cluster(address: str | None, *, num_cpus: int | None = None, temp_dir: str | None = None) -> Iterator[None]:
-    """Connect to a cluster, or start one on this machine when no address is given (never joining one by accident)."""
+def cluster(
+    address: str | None, *, num_cpus: int | None = None, num_gpus: int | None = None, temp_dir: str | None = None
+) -> Iterator[None]:
+    """Connect to a cluster, or start one on this machine when no address is given (never joining one by accident).
+
+    `num_cpus` and `num_gpus` are those of a cluster that is started; by default what this machine has.
+    """
     for name, value in QUIET_ENV.items():
         os.environ.setdefault(name, value)
     local = address in (None, "local")
     options: dict[str, Any] = {"address": "local" if local else address, "logging_level": logging.ERROR}
     if local:
-        options |= {"include_dashboard": False, "num_cpus": num_cpus, "_temp_dir": temp_dir}
+        options |= {"include_dashboard": False, "num_cpus": num_cpus, "num_gpus": num_gpus, "_temp_dir": temp_dir}
     with _on_loopback() if local else nullcontext():
         try:
             with _own_sigterm():

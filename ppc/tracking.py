@@ -33,9 +33,9 @@ from ppc.ledger import (
     KILLED,
     PENDING,
     RUNNING,
-    STALE_S,
     STOPPED,
     TrialRow,
+    alive,
     counts,
     stage_dirs,
 )
@@ -212,6 +212,7 @@ class MlflowTracker:
                     probe(self.uri)  # no server, no other trial
                     cause = cause or error
                     problems.append(f"{row.label}: {words_of(error, self.uri)}")
+            self._end_left_out({row.key for row in rows})
             self._close_launch(rows, launch, final)
             if problems:
                 raise TrackingError("; ".join(problems[:3])) from cause
@@ -250,7 +251,7 @@ class MlflowTracker:
         launch = self._run("launches", name, f"{self.study['name']} launch {name}", tags, None)
         for other_name, other in self._memory["launches"].items():
             seen_ms = other.get("seen_ms", 0)
-            dead = other_name != name and "ended" not in other and now_ms() - seen_ms > STALE_S * 1000
+            dead = int(other_name) < int(name) and "ended" not in other  # a study has one launch at a time
             if dead and not other["deleted"]:  # its process was killed
                 self._mlflow.set_terminated(other["id"], KILLED, seen_ms or None)
                 other["ended"] = KILLED
@@ -306,6 +307,21 @@ class MlflowTracker:
         if row.state != RUNNING:
             entry["sent"]["whole"] = whole
             self._save()
+
+    def _end_left_out(self, keys: set[str]) -> None:
+        """End the runs of trials that are no longer of the study: no row tells of them."""
+        for key, entry in self._memory["runs"].items():
+            if key in keys or entry["deleted"] or entry["sent"].get("status", [RUNNING])[0] != RUNNING:
+                continue
+            trial = self.storage.trial(key)
+            state = trial.state()
+            word = state.get("state", KILLED) if trial.result() is None else FINISHED
+            if word != RUNNING or not alive(state):
+                ended_ms = state.get("ended_ms") or state.get("heartbeat_ms")
+                status = RUN_STATUS[INTERRUPTED if word == RUNNING else word]
+                self._once(
+                    entry, "status", [status, ended_ms], partial(self._set_status, entry["id"], status, ended_ms)
+                )
 
     def _sync_stage(self, entry: dict[str, Any], folder: StageDir) -> None:
         name, manifest = f"{folder.stage}/{folder.key}", folder.manifest()

@@ -28,20 +28,17 @@ from ppc.tracking import MlflowTracker, NoTracker, SyncLoop, Tracker, make_track
 pytest.importorskip("mlflow")
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: making its schema takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    tracking._client(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def fake(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStudy:
+def fake(tmp_path: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStudy:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "storage" / "mlflow").mkdir(parents=True)
-    shutil.copy(template, tmp_path / "storage" / "mlflow" / "mlflow.db")
+    shutil.copy(mlflow_template, tmp_path / "storage" / "mlflow" / "mlflow.db")
     return FakeStudy(tmp_path / "storage")
+
+
+def dead_ms() -> int:
+    """A heartbeat that is too old."""
+    return now_ms() - int(STALE_S * 1000) - 1
 
 
 def tracker_of(fake: FakeStudy, launch: str | None = "001") -> Tracker:
@@ -370,15 +367,21 @@ def test_states_are_true_through_a_life_of_a_trial(fake: FakeStudy) -> None:
 def test_a_run_left_running_by_a_killed_launch_is_repaired(fake: FakeStudy) -> None:
     fake.start(0)
     tracker_of(fake, "001").sync(fake.rows)
-    fake.start(0, heartbeat_ms=now_ms() - int(STALE_S * 1000) - 1)
-    memory = fake.storage.study("demo").path / "tracking.json"
-    known = json.loads(memory.read_text())
-    known[default_uri(fake.storage)]["launches"]["001"]["seen_ms"] -= int(STALE_S * 1000) + 1
-    memory.write_text(json.dumps(known))
+    fake.start(0, heartbeat_ms=dead_ms())
     tracker_of(fake, "002").sync(fake.rows)
     assert [run.info.status for run in runs_of(fake).values()] == ["KILLED"]
     launches = {name: run.info.status for name, run in runs_of(fake, "study").items()}
     assert launches == {"demo launch 001": "KILLED", "demo launch 002": "RUNNING"}
+
+
+def test_a_run_of_a_trial_that_left_the_study_ends(fake: FakeStudy) -> None:
+    for index in range(3):
+        fake.start(index)
+    tracker_of(fake, "001").sync(fake.rows)
+    fake.start(0, heartbeat_ms=dead_ms())
+    fake.finish(1, 0.5)
+    tracker_of(fake, "002").sync(fake.rows[3:])
+    assert [run.info.status for run in runs_of(fake).values()] == ["RUNNING", "FINISHED", "KILLED"]  # newest first
 
 
 def test_the_end_of_a_launch_tells_how_it_went(fake: FakeStudy) -> None:
