@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 import ppc.launch
 import ppc.stages
 from ppc import changes, cli
-from ppc.artifacts import Storage, write_json
+from ppc.artifacts import Storage, file_sha256, write_json
 from ppc.config import StudyConfig, TrialConfig
 from ppc.data.labels import read_label_file
 from ppc.data.scenes import make_scenes
