@@ -152,6 +152,7 @@ def test_a_config_of_another_version(tmp_path: Path) -> None:
     entry["config"]["gone"] = {"deep": 1}
     del entry["config"]["runtime"]["resource_wait_s"]  # decides no number: no change
     entry["key"] = "0ld" + true_key[3:]
+    storage.trial(true_key).path.rename(storage.trial(entry["key"]).path)  # what that version left
     write_json(file, before)
     words = refused(storage)
     for line in ("contrast.margin: no such field any more", "config contrast.temperature: added with default 0.1"):
