@@ -165,20 +165,33 @@ def study_resume(
     max_concurrent: ConcurrentOption = None,
     tracking: TrackingOption = None,
     stopped: Annotated[bool, typer.Option("--stopped", help="Also those stopped early, to their last epoch.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Take changed code, config, data or weights, and record that.")
+    ] = False,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Job server: print the job's log to its end.")] = False,
 ) -> None:
     """Run the failed and interrupted trials of a study from their last checkpoints, and no other.
 
-    Exit code 1 when one has no result. With other resources they stay the same trials: --set runtime.workers=2.
+    Exit code 1 when one has no result. With other resources they stay the same trials: --set runtime.workers=2. What
+    has changed since the launch is told and refused; with --accept-changes what is left runs as changed.
     """
     if at_job_server(address):
         words = [word for item in sets for word in ("--set", item)] + (["--stopped"] if stopped else [])
+        words += ["--accept-changes"] if accept_changes else []
         raise resume_there(name, str(address), storage, words, max_concurrent, tracking, follow)
     from ppc.launch import Where, run_study
 
     where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user())
     raise typer.Exit(
-        run_study(_storage(storage or DEFAULT_STORAGE), name, where, console, runtime=sets, stopped=stopped)
+        run_study(
+            _storage(storage or DEFAULT_STORAGE),
+            name,
+            where,
+            console,
+            runtime=sets,
+            stopped=stopped,
+            accept_changes=accept_changes,
+        )
     )
 
 
@@ -193,6 +206,7 @@ def study_status(
     refuse_cluster(address)
     if at_job_server(address):
         raise ask_head(name, ["study", "status", name, *(["--watch"] if watch else [])], str(address), storage)
+    from ppc.changes import told
     from ppc.ledger import FAILED, RUNNING, counts, read_rows
     from ppc.report import generated
     from ppc.status import status_lines, status_table
@@ -210,6 +224,8 @@ def study_status(
         if not watch or not any(row.state == RUNNING for row in rows):
             break
         time.sleep(5)
+    for line in told(study):
+        console.print(f"changed: {line}", highlight=False, markup=False, soft_wrap=True)
     for row in rows:
         if row.error:
             where = store.trial(row.key).path / "error.json"

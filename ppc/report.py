@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppc.artifacts import Storage, now_ms, write_json
+from ppc.changes import told
 from ppc.ledger import FINISHED, RUNNING, STOPPED, TrialRow, counts, read_rows, stopped_at
 from ppc.places import StoragePath, atomic_write
 from ppc.study import Row, summarise
@@ -159,6 +160,7 @@ def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, 
     commit = f"commit {code['commit']}" if code.get("commit") else "no commit known"
     changed = " with uncommitted changes" if code.get("dirty") else ""
     header.append(("code", f"version {code.get('version', '?')}, {commit}{changed}"))
+    header += [("changed", line) for line in told(study)]
     header.append(("seeds", ", ".join(str(seed) for seed in study["trial_seeds"])))
     header.append(("trials", _states(counts(list(rows)))))
     return header

@@ -26,7 +26,7 @@ from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, 
 from ppc.places import remove
 from ppc.redact import without_secrets
 from ppc.runtime import Runtime, remedy
-from ppc.stages import WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits
+from ppc.stages import WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits, versions_of
 from ppc.train import TrainingStopped
 
 
@@ -40,6 +40,15 @@ class TrialPlan:
     stages: list[tuple[str, str]]
     fingerprint: str  # of the data
     metrics: list[str]  # that its result will have
+    facts: dict[str, Any]  # what the keys were made of, but for the config: to tell later what changed
+
+    def saved(self) -> dict[str, Any]:
+        """What `study.json` holds of it."""
+        return {
+            "key": self.key, "variant_key": self.variant_key, "config": self.config.model_dump(mode="json"),
+            "stages": [{"name": name, "key": key} for name, key in self.stages], "fingerprint": self.fingerprint,
+            "facts": self.facts,
+        }  # fmt: skip
 
 
 def data_splits(cfg: TrialConfig) -> list[str]:
@@ -102,9 +111,14 @@ class Planner:
         cfg = cfg.model_copy(update={"data": data, "backbone": backbone})
         stages = plan_stages(cfg, prints)
         unseeded = plan_stages(cfg.model_copy(update={"seed": 0}), prints)
+        facts = {
+            "stages": versions_of(cfg),
+            "weights": prints.get(WEIGHTS),
+            "data": {name: {"fingerprint": sha, "images": len(dataset.ids(name))} for name, sha in splits.items()},
+        }
         return TrialPlan(
             cfg, content_key(["trial", stages]), content_key(["variant", unseeded]), stages, content_key(splits),
-            metrics_of(cfg, dataset),
+            metrics_of(cfg, dataset), facts,
         )  # fmt: skip
 
     def _weights_problems(self, cfg: TrialConfig) -> list[str]:
