@@ -208,7 +208,7 @@ def study_status(
         raise ask_head(name, ["study", "status", name, *(["--watch"] if watch else [])], str(address), storage)
     from ppc.changes import told
     from ppc.ledger import FAILED, RUNNING, counts, read_rows
-    from ppc.report import generated
+    from ppc.report import generated, skipped_lines
     from ppc.status import status_lines, status_table
 
     store = _storage(storage or DEFAULT_STORAGE)
@@ -224,6 +224,8 @@ def study_status(
         if not watch or not any(row.state == RUNNING for row in rows):
             break
         time.sleep(5)
+    for line in skipped_lines(rows):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in told(study):
         console.print(f"changed: {line}", highlight=False, markup=False, soft_wrap=True)
     for row in rows:

@@ -139,6 +139,17 @@ def _line(
     )  # fmt: skip
 
 
+def skipped_lines(rows: Sequence[TrialRow]) -> list[str]:
+    """What data.on_broken skip left out, a line for each split and number: `train: 20 of 5,000 images skipped`."""
+    found = [(row.result or {}).get("skipped", {}) for row in rows]
+    lines = [
+        f"{split}: {len(one['ids']):,} of {one['listed']:,} images skipped (broken: data.on_broken)"
+        for skipped in found
+        for split, one in skipped.items()
+    ]
+    return list(dict.fromkeys(lines))
+
+
 def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     results = [row.result for row in rows if row.result is not None]
     metric, split = study["metric"], metric_split(study["metric"])
@@ -148,6 +159,7 @@ def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, 
         counted = [result["counts"][split] for result in results if split in result.get("counts", {})]
         images = _distinct(f"{n} images" for n in counted)
         header.append(("split", f"{split}: {images or 'no trial has counted its images yet'}"))
+    header += [("skipped", line) for line in skipped_lines(rows)]
     header.append(("background score", _distinct(_protocol(row, split) for row in rows)))
     rules = _distinct(result["absent_classes"] for result in results if "absent_classes" in result)
     header.append(

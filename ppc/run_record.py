@@ -110,6 +110,8 @@ def trial_tags(row: TrialRow, study: dict[str, Any], host: str | None) -> dict[s
         tags["ppc.error_stage"] = str(row.error.get("stage"))
     if row.result is not None:
         tags |= {f"ppc.{name}": str(row.result[name]) for name in ("protocol", "absent_classes") if name in row.result}
+        for split, one in row.result.get("skipped", {}).items():
+            tags[f"ppc.skipped.{split}"] = f"{len(one['ids'])} of {one['listed']} images"
         bad = sorted(name for name, value in row.result["metrics"].items() if not is_number(value))
         if bad:
             tags["ppc.not_finite"] = ", ".join(bad)
@@ -155,6 +157,8 @@ def new_points(path: StoragePath, mark: Sequence[int]) -> tuple[list[Point], lis
 
 def _score_points(result: dict[str, Any], t: int) -> list[Point]:
     points = [Point(f"final/{name}", value, t, 0) for name, value in result.get("metrics", {}).items()]
+    for split, one in result.get("skipped", {}).items():
+        points.append(Point(f"data/skipped_{split}", float(len(one["ids"])), t, 0))
     for split, curve in result.get("curves", {}).items():
         pairs = zip(curve["thresholds"], curve["miou"], strict=True)
         points += [Point(f"curve/miou_{split}", miou, t, round(threshold * 100)) for threshold, miou in pairs]

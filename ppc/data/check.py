@@ -101,6 +101,66 @@ def _check_image(layout: VocLayout, split: str, image_id: str, *, with_saliency:
             yield _problem(error)
 
 
+def broken_images(layout: VocLayout, split: str) -> dict[str, Problem]:
+    """The images of a split that cannot be used, each with its first problem, in the order of the list.
+
+    A mask is asked for where any image of the split has one; a mask that contradicts the tags can be used.
+    """
+    ids = list(dict.fromkeys(layout.ids(split)))
+    with_masks = _any_mask(layout, split, ids)
+
+    def check(image_id: str) -> Problem | None:
+        try:
+            layout.image(image_id)
+            if with_masks:
+                layout.mask(image_id, split=split)
+            layout.image_label(image_id, split=split)
+        except DataError as error:
+            return _problem(error)
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = zip(ids, pool.map(check, ids), strict=True)
+        return {image_id: problem for image_id, problem in found if problem is not None}
+
+
+def _any_mask(layout: VocLayout, split: str, ids: Iterable[str]) -> bool:
+    for image_id in ids:
+        try:
+            layout.mask_path(image_id, split=split)
+        except DataError:
+            continue
+        return True
+    return False
+
+
+def raw_fingerprint(layout: VocLayout, split: str) -> str:
+    """sha256 over all that decides which images of a split are broken; missing files are part of it."""
+    sources = ("cls_labels.npy", "classes.txt")
+    whole = hashlib.sha256(json.dumps([layout.class_names, layout.label_source, split]).encode())
+    for path in (layout.root / name for name in sources):
+        whole.update(f"\n{path.name} {_file_sha(path) if path.is_file() else None}".encode())
+
+    def digest(image_id: str) -> str:
+        found: list[str | None] = []
+        finders = (
+            lambda: layout.image_path(image_id),
+            lambda: layout.mask_path(image_id, split=split),
+            lambda: layout.annotation_path(image_id),
+        )
+        for find in finders:
+            try:
+                found.append(_file_sha(find()))
+            except DataError:
+                found.append(None)
+        return json.dumps([image_id, found])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for line in pool.map(digest, layout.ids(split)):
+            whole.update(f"\n{line}".encode())
+    return whole.hexdigest()
+
+
 def _names(classes: set[str]) -> str:
     return ", ".join(sorted(classes)) or "nothing"
 
