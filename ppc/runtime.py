@@ -82,7 +82,7 @@ class WorkerDiedError(RuntimeError):
 
 
 def remedy(error: BaseException) -> str | None:
-    """What a user can do about a broken image, or a trial that was too large for its resources, to end the error's message with."""
+    """What a user can do about a broken image or a trial too large for its resources; ends the error's message."""
     seen: BaseException | None = error
     while seen is not None:
         if type(seen).__name__ == "OutOfMemoryError":  # torch's, also when a worker told of it

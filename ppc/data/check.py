@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,12 +143,12 @@ def raw_fingerprint(layout: VocLayout, split: str) -> str:
         whole.update(f"\n{path.name} {_file_sha(path) if path.is_file() else None}".encode())
 
     def digest(image_id: str) -> str:
+        finders: list[Callable[[], Path]] = [
+            partial(layout.image_path, image_id),
+            partial(layout.mask_path, image_id, split=split),
+            partial(layout.annotation_path, image_id),
+        ]
         found: list[str | None] = []
-        finders = (
-            lambda: layout.image_path(image_id),
-            lambda: layout.mask_path(image_id, split=split),
-            lambda: layout.annotation_path(image_id),
-        )
         for find in finders:
             try:
                 found.append(_file_sha(find()))
