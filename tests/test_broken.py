@@ -95,11 +95,11 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_folder(tmp_path_factory.mktemp("broken") / "set")
 
 
-def train_only(root: Path, **data: Any) -> TrialConfig:
+def train_only(root: Path, batch_size: int = 250, **data: Any) -> TrialConfig:
     raw = {
         "data": {"name": "voc", "root": str(root), **data}, "stages": ["train_cam"], "method": {"name": "cam"},
         "contrast": {"prototype_top_k": 0}, "views": {"target_px": 32},
-        "train": {"epochs": 1, "batch_size": 250, "crop_px": 32, "resize_long_px": [32, 40], "color_jitter": False},
+        "train": {"epochs": 1, "batch_size": batch_size, "crop_px": 32, "resize_long_px": [32, 40], "color_jitter": False},
     }  # fmt: skip
     return TrialConfig.model_validate(raw)
 
@@ -171,6 +171,6 @@ def test_the_choice_is_in_the_key_and_changes_no_other(root: Path, tmp_path: Pat
     stop = train_only(root, train_split="good")
     assert stop.decisive("data") == {"train_split": "good"}, "as before there was a choice"
     planner = Planner(Storage(tmp_path))
-    keys = [planner.plan(train_only(root, train_split="good", on_broken=rule)).key for rule in ("stop", "skip")]
+    keys = [planner.plan(train_only(root, 4, train_split="good", on_broken=rule)).key for rule in ("stop", "skip")]
     assert keys[0] != keys[1]
-    assert planner.plan(train_only(root, train_split="few", on_broken="skip")).key not in keys
+    assert planner.plan(train_only(root, 4, train_split="few", on_broken="skip")).key not in keys
