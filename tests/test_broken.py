@@ -99,7 +99,9 @@ def train_only(root: Path, batch_size: int = 250, **data: Any) -> TrialConfig:
     raw = {
         "data": {"name": "voc", "root": str(root), **data}, "stages": ["train_cam"], "method": {"name": "cam"},
         "contrast": {"prototype_top_k": 0}, "views": {"target_px": 32},
-        "train": {"epochs": 1, "batch_size": batch_size, "crop_px": 32, "resize_long_px": [32, 40], "color_jitter": False},
+        "seeds": {"splits": [data.get("train_split", "train")]},
+        "train": {"epochs": 1, "batch_size": batch_size, "crop_px": 32,
+                  "resize_long_px": [32, 40], "color_jitter": False},
     }  # fmt: skip
     return TrialConfig.model_validate(raw)
 
