@@ -17,6 +17,7 @@ from ppc.data.labels import DataError
 from ppc.data.voc import IGNORE, VocLayout
 
 THREADS = 8
+BROKEN_VERSION = 1  # raise it when `broken_images` finds others in the same files
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ def _any_mask(layout: VocLayout, split: str, ids: Iterable[str]) -> bool:
 def raw_fingerprint(layout: VocLayout, split: str) -> str:
     """sha256 over all that decides which images of a split are broken; missing files are part of it."""
     sources = ("cls_labels.npy", "classes.txt")
-    whole = hashlib.sha256(json.dumps([layout.class_names, layout.label_source, split]).encode())
+    whole = hashlib.sha256(json.dumps([BROKEN_VERSION, layout.class_names, layout.label_source, split]).encode())
     for path in (layout.root / name for name in sources):
         whole.update(f"\n{path.name} {_file_sha(path) if path.is_file() else None}".encode())
 
