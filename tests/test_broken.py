@@ -141,9 +141,10 @@ def test_skip_trains_on_the_others_and_reports_the_count(root: Path, tmp_path: P
 
 
 def few(storage: Storage, root: Path, split: str, **tiny: Any) -> dict[str, Any]:
-    """A study of one trial, all stages, on a split of this folder."""
+    """A study of one trial, all stages, on a split of this folder; one task a stage, so that no process is started."""
     voc = {"data.name": "voc", "data.root": str(root), "data.train_split": split, "seeds.splits": [split],
-           "train.batch_size": 4, "train.epochs": 1, **tiny}  # fmt: skip
+           "train.batch_size": 4, "train.epochs": 1,
+           "runtime.images_per_task": 64, **tiny}  # fmt: skip
     return make_study(storage, k=[0], seeds=[0], tiny=voc, metric=f"mask_miou_{split}")
 
 
