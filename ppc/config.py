@@ -43,7 +43,8 @@ class DataConfig(Section):
     train_split: str = Field("train", description="split whose images and tags train the CAM")
     on_broken: Literal["stop", "skip"] = Field(
         "stop",
-        description="an image that is missing, damaged, or has a bad mask or label: an error, or left out everywhere",
+        description="an image that is missing or damaged, has no label, or, in a split where any image has a mask, has "
+        "none or a bad one: an error, or left out of all stages",
     )
     scenes: ScenesConfig = Field(default_factory=ScenesConfig)
 

@@ -11,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from tiny_run import SCENES, curve, tiny_config
 from tiny_study import QUIET, make_study
 from typer.testing import CliRunner
 
 from ppc.artifacts import Storage
 from ppc.cli import app
 from ppc.config import TrialConfig
+from ppc.data import make_scenes
 from ppc.launch import Where, run_study
 from ppc.ledger import read_rows
 from ppc.report import build_report
@@ -177,3 +179,32 @@ def test_the_choice_is_in_the_key_and_changes_no_other(root: Path, tmp_path: Pat
     keys = [planner.plan(train_only(root, 4, train_split="good", on_broken=rule)).key for rule in ("stop", "skip")]
     assert keys[0] != keys[1]
     assert planner.plan(train_only(root, 4, train_split="few", on_broken="skip")).key not in keys
+
+
+def small(root: Path, storage: Storage, changes: dict[str, Any]) -> tuple[list[Any], dict[str, float]]:
+    """Loss curve and metrics of a tiny trial."""
+    stages = ["train_cam", "make_seeds", "evaluate"]
+    cfg = tiny_config({"data.name": "voc", "stages": stages, "train.batch_size": 2, **changes}, root)
+    plan = Planner(storage).plan(cfg)
+    result = run_trial(plan.config, plan.key, plan.stages, storage, LocalRuntime())
+    return curve(storage.stage(*plan.stages[0])), result["metrics"]
+
+
+def test_skip_has_the_numbers_of_a_folder_without_the_broken_images_whatever_the_workers(tmp_path: Path) -> None:
+    broken, clean = (make_scenes(tmp_path / name, **SCENES) for name in ("broken", "clean"))
+    listed = broken / "ImageSets/Segmentation/train.txt"
+    ids = listed.read_text().split()
+    gone = [ids[1], ids[5]]
+    (broken / f"JPEGImages/{gone[0]}.jpg").write_bytes(b"no image")
+    (broken / f"SegmentationClass/{gone[1]}.png").unlink()
+    (clean / "ImageSets/Segmentation/train.txt").write_text("\n".join(i for i in ids if i not in gone) + "\n")
+    skip = {"data.on_broken": "skip"}
+    wanted = small(clean, Storage(tmp_path / "1"), {})
+    assert small(broken, Storage(tmp_path / "2"), skip) == wanted
+    points, metrics = small(broken, Storage(tmp_path / "3"), {**skip, "runtime.workers": 2})
+    assert [step for step, _ in points] == [step for step, _ in wanted[0]]
+    for (_, mine), (_, theirs) in zip(points, wanted[0], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert metrics == pytest.approx(wanted[1], abs=0.01)
+    with pytest.raises(ValueError, match="train.batch_size: 8 is more than the 6 images of train"):
+        small(broken, Storage(tmp_path / "4"), {**skip, "train.batch_size": 8})
