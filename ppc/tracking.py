@@ -105,6 +105,7 @@ class MlflowTracker:
         self._launch = launch
         self._mlflow: Any = None
         self._looked = False  # at MLflow's runs, since this process became the writer
+        self._unanswered = False  # a run was asked for and no answer came: the server may make it later
         self._memory = EMPTY  # of this URI: the experiment, runs by trial key, parent runs by launch
 
     # -- memory: what was sent
@@ -163,16 +164,22 @@ class MlflowTracker:
         from mlflow.entities import ViewType
 
         known: dict[str, dict[str, Any]] = {"trial": {}, "study": {}}
+        twice: list[Any] = []
         token = None
         while True:
             numbers, order = [self._memory["experiment"]], ["attributes.start_time ASC"]
             page = self._mlflow.search_runs(numbers, "", ViewType.ALL, 1000, order, token)
             for run in page:
                 name = run.data.tags.get("ppc.trial_key") or run.data.tags.get("ppc.launch")
-                if name and run.data.tags.get("ppc.kind") in known:
-                    known[run.data.tags["ppc.kind"]].setdefault(name, run)
+                if not name or run.data.tags.get("ppc.kind") not in known:
+                    continue
+                first = known[run.data.tags["ppc.kind"]].setdefault(name, run)
+                if first is not run and run.info.lifecycle_stage == "active":
+                    twice.append(run)
             if not (token := page.token):
                 break
+        for run in twice:  # made by a request that was sent again, since its answer did not come in time
+            self._mlflow.delete_run(run.info.run_id)
         for part, kind in (("runs", "trial"), ("launches", "study")):
             before, self._memory[part] = self._memory[part], {}
             for name, run in known[kind].items():
@@ -190,7 +197,11 @@ class MlflowTracker:
         if name not in self._memory[part] and not self._looked:
             self._reconcile()  # it may be there: made just before a crash, or by a request whose answer got lost
         if name not in self._memory[part]:
-            run = self._mlflow.create_run(self._memory["experiment"], start_ms, tags, run_name)
+            try:
+                run = self._mlflow.create_run(self._memory["experiment"], start_ms, tags, run_name)
+            except Exception:
+                self._unanswered = True
+                raise
             self._memory[part][name] = {"id": run.info.run_id, "sent": {}, "deleted": False}
             self._save()
         entry: dict[str, Any] = self._memory[part][name]
@@ -201,6 +212,9 @@ class MlflowTracker:
     def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
         """See `Tracker.sync`. A trial that cannot be sent does not keep back the others; the first error is raised."""
         with self._writing():
+            if final and self._unanswered:
+                self._reconcile()
+                self._unanswered = False
             launch = self._open_launch(final)
             problems: list[str] = []
             cause: Exception | None = None
