@@ -338,6 +338,28 @@ def test_a_run_whose_creation_was_not_answered_is_found_again(fake: FakeStudy, m
     assert len(runs_of(fake)) == 2
 
 
+def test_a_run_that_is_made_after_its_request_was_given_up_is_no_second_run(
+    fake: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.finish(0, 0.5)
+    tracker = tracker_of(fake)
+    tracker.sync([])
+    asked: list[tuple[Any, ...]] = []
+
+    def unanswered(*words: Any) -> None:
+        asked.append(words)
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(tracker._mlflow, "create_run", unanswered)
+    with pytest.raises(TrackingError, match="no answer"):
+        tracker.sync(fake.rows)
+    tracker.sync(fake.rows)  # connects anew, and makes the run
+    client_of(fake).create_run(*asked[0])  # the server gets to the first request
+    tracker.sync(fake.rows, final=True)
+    (run,) = [run for run in client_of(fake).search_runs([asked[0][0]]) if run.data.tags.get("ppc.kind") == "trial"]
+    assert run.info.status == "FINISHED" and run.data.metrics["cost/wall_s"] > 0
+
+
 def test_states_are_true_through_a_life_of_a_trial(fake: FakeStudy) -> None:
     def status() -> str:
         tracker.sync(fake.rows)
