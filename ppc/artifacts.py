@@ -19,6 +19,7 @@ from typing import Any
 
 from ppc.names import check_name
 from ppc.places import (
+    LockedError,
     StoragePath,
     atomic_write,
     local_folder,
@@ -321,6 +322,19 @@ class StudyDir:
         return (
             ", ".join(name for name in names_in(folder) if size_of(folder / name / "study.json") is not None) or "none"
         )
+
+    @property
+    def launch_lock(self) -> StoragePath:
+        """The lock that a launch of the study holds while it is at work."""
+        return self.path / ".launch.lock"
+
+    def being_run(self) -> bool:
+        """Whether a launch is at work on the study. In an object store one that died counts as such for a while."""
+        try:
+            with locked(self.launch_lock, timeout_s=0):
+                return False
+        except LockedError:
+            return True
 
     def new_launch(self) -> StoragePath:
         """A fresh folder for the scheduler's own files; nothing is ever read back from it."""

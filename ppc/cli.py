@@ -59,6 +59,11 @@ def _storage(place: str) -> Any:
     return Storage.at(place)
 
 
+def _beside_a_user() -> bool:
+    """Whether this is no job on a cluster's head, whose loopback nobody looks at."""
+    return "PPC_CODE" not in os.environ
+
+
 def _run_defined(definition: dict[str, Any], storage: Any, where: Any) -> None:
     from ppc.launch import run_study
 
@@ -90,7 +95,9 @@ def run(
     spec = TrialSpec(name, {}, trial.seed, trial)
     store = _storage(storage)
     definition = define(study, [spec], name, store, any_metric=True)
-    _run_defined(definition, store, Where(local, address, num_cpus, None, "none" if local else tracking))
+    _run_defined(
+        definition, store, Where(local, address, num_cpus, None, "none" if local else tracking, ui=_beside_a_user())
+    )
 
 
 @study_app.command("launch")
@@ -137,7 +144,11 @@ def study_launch(
         definition = define_search(study, base, store)
     else:
         definition = define(study, specs, baseline(study, specs), store)
-    _run_defined(definition, store, Where(local, address, num_cpus, max_concurrent, "none" if local else tracking))
+    _run_defined(
+        definition,
+        store,
+        Where(local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user()),
+    )
 
 
 @study_app.command("resume")
@@ -154,20 +165,33 @@ def study_resume(
     max_concurrent: ConcurrentOption = None,
     tracking: TrackingOption = None,
     stopped: Annotated[bool, typer.Option("--stopped", help="Also those stopped early, to their last epoch.")] = False,
+    accept_changes: Annotated[
+        bool, typer.Option("--accept-changes", help="Take changed code, config, data or weights, and record that.")
+    ] = False,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Job server: print the job's log to its end.")] = False,
 ) -> None:
     """Run the failed and interrupted trials of a study from their last checkpoints, and no other.
 
-    Exit code 1 when one has no result. With other resources they stay the same trials: --set runtime.workers=2.
+    Exit code 1 when one has no result. With other resources they stay the same trials: --set runtime.workers=2. What
+    has changed since the launch is told and refused; with --accept-changes what is left runs as changed.
     """
     if at_job_server(address):
         words = [word for item in sets for word in ("--set", item)] + (["--stopped"] if stopped else [])
+        words += ["--accept-changes"] if accept_changes else []
         raise resume_there(name, str(address), storage, words, max_concurrent, tracking, follow)
     from ppc.launch import Where, run_study
 
-    where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking)
+    where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user())
     raise typer.Exit(
-        run_study(_storage(storage or DEFAULT_STORAGE), name, where, console, runtime=sets, stopped=stopped)
+        run_study(
+            _storage(storage or DEFAULT_STORAGE),
+            name,
+            where,
+            console,
+            runtime=sets,
+            stopped=stopped,
+            accept_changes=accept_changes,
+        )
     )
 
 
@@ -182,8 +206,9 @@ def study_status(
     refuse_cluster(address)
     if at_job_server(address):
         raise ask_head(name, ["study", "status", name, *(["--watch"] if watch else [])], str(address), storage)
+    from ppc.changes import told
     from ppc.ledger import FAILED, RUNNING, counts, read_rows
-    from ppc.report import generated
+    from ppc.report import generated, skipped_lines
     from ppc.status import status_lines, status_table
 
     store = _storage(storage or DEFAULT_STORAGE)
@@ -199,6 +224,10 @@ def study_status(
         if not watch or not any(row.state == RUNNING for row in rows):
             break
         time.sleep(5)
+    for line in skipped_lines(rows):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    for line in told(study):
+        console.print(f"changed: {line}", highlight=False, markup=False, soft_wrap=True)
     for row in rows:
         if row.error:
             where = store.trial(row.key).path / "error.json"
@@ -268,19 +297,22 @@ def figure(
 
 
 @app.command()
-def sync(name: str, storage: StorageOption = DEFAULT_STORAGE, tracking: TrackingOption = None) -> None:
-    """Send to MLflow what a launch could not send. Sending twice changes nothing."""
-    from ppc.ledger import read_rows
-    from ppc.report import build_report, write_report
-    from ppc.tracking import make_tracker
+def sync(
+    name: Annotated[str | None, typer.Argument(help="Study. Default: all of the storage.")] = None,
+    storage: StorageOption = DEFAULT_STORAGE,
+    tracking: TrackingOption = None,
+    every: Annotated[bool, typer.Option("--all", help="All studies of the storage.")] = False,
+) -> None:
+    """Send to MLflow what a launch could not send, and that a killed one is not running. Twice changes nothing."""
+    from ppc.reaper import study_names, sync_studies
 
+    if name is not None and every:
+        raise ValueError(f"sync {name} --all: name one study, or say --all")
     store = _storage(storage)
-    study = store.study(name).definition()
-    tracker = make_tracker(tracking, store, study, None)
-    tracker.sync(read_rows(store, study), final=True)
-    tracker.attach(write_report(build_report(store, name), store.study(name).path / "report"))
-    tracker.close()
-    console.print(f"{name} is in the tracker", highlight=False, markup=False)
+    names = study_names(store) if name is None else [name]
+    sync_studies(store, names, tracking, lambda text: console.print(text, highlight=False, markup=False))
+    if not names:
+        console.print(f"no study in {store.root}", highlight=False, markup=False, soft_wrap=True)
 
 
 @app.command()
@@ -288,26 +320,35 @@ def ui(
     study: Annotated[str | None, typer.Argument(help="Study whose page the link opens.")] = None,
     storage: StorageOption = DEFAULT_STORAGE,
     host: str = "127.0.0.1",
-    port: int = 5000,
+    port: Annotated[int | None, typer.Option(help="Default: 5000, or another one when that is taken.")] = None,
 ) -> None:
-    """Serve this storage's MLflow until Ctrl-C, and print the link."""
-    from ppc.mlflow_server import default_uri, experiment_id, start_ui, study_link
+    """Serve this storage's MLflow until Ctrl-C, and print the link. What a killed launch left running there ends."""
+    from ppc.exposure import open_to_others
+    from ppc.mlflow_embedded import running, start_ui
+    from ppc.mlflow_server import default_uri, experiment_id, study_link
+    from ppc.reaper import end_what_is_dead
 
     store = _storage(storage)
+    end_what_is_dead(store, default_uri(store))
     experiment = None if study is None else experiment_id(store, study, default_uri(store))
     if study is not None and experiment is None:
         store.study(study).definition()  # says so when there is no such study
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    found = running(store)
+    if found is not None and found[1] == "ui" and port is None:
+        say(f"MLflow: {study_link(found[0], experiment)}\nanother `ppc ui` serves it already")
+        return
+    if (warning := open_to_others(host)) is not None:
+        say(f"WARNING: {warning}")
     with start_ui(store, host, port) as server:
-        console.print(
-            f"MLflow: {study_link(server.url, experiment)}\nCtrl-C ends it",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
+        say(f"MLflow: {study_link(server.url, experiment)}\nCtrl-C ends it")
         try:
             server.wait()
         except KeyboardInterrupt:
-            console.print("stopped", markup=False)
+            say("stopped")
 
 
 @data_app.command("make-scenes")
@@ -352,7 +393,7 @@ def doctor(storage: StorageOption = DEFAULT_STORAGE) -> None:
 
     findings = examine(_storage(storage))
     for finding in findings:
-        word = Text(f"{'ok' if finding.ok else 'MISSING':8}", style="green" if finding.ok else "red")
+        word = Text(f"{'ok' if finding.ok else finding.word:8}", style="green" if finding.ok else "red")
         console.print(word.append(finding.text, style="default"), soft_wrap=True)
     raise typer.Exit(0 if all(finding.ok or finding.optional for finding in findings) else 1)
 

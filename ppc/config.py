@@ -41,6 +41,11 @@ class DataConfig(Section):
         "auto", description="source of the image-level labels; auto takes the first that exists, in this order"
     )
     train_split: str = Field("train", description="split whose images and tags train the CAM")
+    on_broken: Literal["stop", "skip"] = Field(
+        "stop",
+        description="an image that is missing or damaged, has no label, or, in a split where any image has a mask, has "
+        "none or a bad one: an error, or left out of all stages",
+    )
     scenes: ScenesConfig = Field(default_factory=ScenesConfig)
 
 
@@ -281,7 +286,8 @@ class TrialConfig(Section):
             return {"target": False}  # it looks at the source view alone
         data = getattr(self, section).model_dump(mode="json")
         if section == "data":
-            return {"train_split": data["train_split"]}  # the contents are in the fingerprint
+            found = {"train_split": data["train_split"]}  # the contents are in the fingerprint
+            return found | ({"on_broken": "skip"} if self.data.on_broken == "skip" else {})
         return {name: value for name, value in data.items() if name not in self._unread(section)}
 
     def _unread(self, section: str) -> set[str]:

@@ -1,4 +1,4 @@
-"""What of this machine a study can use."""
+"""What of this machine a study can use, and what of it strangers can."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 
 from ppc.artifacts import Storage
+from ppc.exposure import mlflow_exposures, ray_exposures
 
 NEEDED = ("torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "pydensecrf2", "pydantic")
 EXTRAS = {"ray": "studies on a cluster", "mlflow": "the tracker and its UI", "timm": "backbones named timm:MODEL"}
@@ -22,10 +23,11 @@ class Finding:
     ok: bool
     text: str
     optional: bool = False
+    word: str = "MISSING"  # said of it when it is not ok
 
 
 def examine(storage: Storage) -> list[Finding]:
-    """Packages, CPUs, memory, GPUs, storage. Imports what it reports on."""
+    """Packages, CPUs, memory, GPUs, storage, servers that are open to others. Imports what it reports on."""
     findings = [_package(name, "needed", optional=False) for name in NEEDED]
     findings += [_package(name, use, optional=True) for name, use in EXTRAS.items()]
     try:
@@ -45,7 +47,8 @@ def examine(storage: Storage) -> list[Finding]:
         findings.append(Finding(enough, f"storage {storage.root}: {free_gb:.0f} GB free", optional=True))
     except ValueError as error:
         findings.append(Finding(False, str(error)))
-    return findings
+    exposures = [*mlflow_exposures(storage), *ray_exposures()]
+    return findings + [Finding(found.ok, found.text, optional=True, word="WARNING") for found in exposures]
 
 
 def _package(name: str, use: str, *, optional: bool) -> Finding:

@@ -19,12 +19,13 @@ from typing import Any
 
 from rich.console import Console
 
-from ppc import __version__, local_study
+from ppc import __version__, changes, local_study
 from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
-from ppc.config import EarlyStopping, StudyConfig, TrialConfig
+from ppc.config import EarlyStopping, StudyConfig
 from ppc.faults import StorageError
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
+from ppc.mlflow_embedded import server_of_launch
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
 from ppc.report import build_report, print_report, write_report
 from ppc.resources import change_runtime
@@ -38,6 +39,7 @@ from ppc.trial import Planner, data_name, nearest
 FORMAT = 1
 SETTLE_S = 20.0
 FAULT_FLUSH_S = 5.0  # for a tracker whose files are on a storage that takes nothing
+AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # console.print of a line
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Where:
     num_cpus: int | None = None  # of the cluster that is started
     max_concurrent: int | None = None
     tracking: str | None = None  # MLflow URI, `none`, or None for the storage's own
+    ui: bool = False  # beside a launch that tracks into the storage's own, serve it
 
 
 def code_version() -> dict[str, Any]:
@@ -98,9 +101,7 @@ def define(
         trials.append(
             {
                 "key": plan.key, "variant": spec.variant, "variant_key": plan.variant_key, "seed": spec.seed,
-                "factors": spec.factors, "config": plan.config.model_dump(mode="json"),
-                "stages": [{"name": name, "key": key} for name, key in plan.stages],
-                "fingerprint": plan.fingerprint,
+                "factors": spec.factors, **plan.saved(),
             }
         )  # fmt: skip
         first = firsts.setdefault(plan.key, spec.variant)
@@ -151,31 +152,40 @@ def _next_round(storage: Storage, study: dict[str, Any], console: Console) -> li
     return []
 
 
-def save(definition: dict[str, Any], storage: Storage) -> int:
-    """Write `study.json`; how many trials of an earlier study of that name are no longer part of it.
+def save(definition: dict[str, Any], storage: Storage) -> list[str]:
+    """Write `study.json`; how it differs from an earlier study of that name, as lines.
 
     A study that is there keeps its date of creation, and results of trials stay on storage in any case.
     """
     storage.check_writable()
     folder = storage.study(definition["name"])
     before = read_json(folder.path / "study.json")
-    left_out = 0
+    differences = list[str]()
     if isinstance(before, dict) and "created_ms" in before:
         definition = {**definition, "created_ms": before["created_ms"]}
-        left_out = len({t["key"] for t in before["trials"]} - {t["key"] for t in definition["trials"]})
+        differences = changes.against_saved(before, definition)
     write_json(folder.path / "study.json", definition)
-    return left_out
+    return differences
 
 
-def check_current(storage: Storage, rows: list[TrialRow]) -> None:
-    """ValueError when code, data or weights have changed since the study was defined: its keys would be false."""
+def as_today(
+    storage: Storage, study: dict[str, Any], keys: set[str], runtime: Sequence[str], *, accept: bool
+) -> tuple[dict[str, Any], set[str]]:
+    """The study as its trials of these keys will run, and their keys then. Writes nothing.
+
+    ValueError when code, config, data or weights have changed since the study was saved, for then the keys would be
+    false; with `accept` these trials get new ones, and the study a record of it.
+    """
     planner = Planner(storage)
-    for row in rows:
-        if planner.plan(TrialConfig.model_validate(row.config)).key != row.key:
-            raise ValueError(
-                f"{row.label}: the code of a stage, the data or the weights have changed since the study was launched; "
-                "launch its file again (ppc study launch FILE): what has not changed is not run again"
-            )
+    if (drift := changes.look(planner, study, keys)) is not None:
+        code = code_version()
+        if not accept:
+            raise ValueError(changes.refusal(drift, study, code))
+        study, keys = changes.accept(planner, study, keys, drift, code=code)
+    if runtime and (changed := change_runtime(study, sorted(keys), runtime)) and keys:
+        study = changed
+        changes.look(planner, study, keys)  # ValueError for a batch that these workers cannot share
+    return study, keys
 
 
 @contextmanager
@@ -185,8 +195,9 @@ def launch_lock(folder: StudyDir) -> Iterator[None]:
     holder = folder.path / "launch-holder.json"
     with ExitStack() as stack:
         try:
-            timeout_s = STALE_S + 5.0 if is_remote(folder.path) else 0.0
-            stack.enter_context(locked(folder.path / ".launch.lock", timeout_s=timeout_s))
+            # 1 s: whoever only looks whether the study is being run (`being_run`) holds it for a moment
+            timeout_s = STALE_S + 5.0 if is_remote(folder.path) else 1.0
+            stack.enter_context(locked(folder.launch_lock, timeout_s=timeout_s))
         except LockedError as error:
             raise _held(folder.name, read_json(holder) or {}) from error
         write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since_ms": now_ms()})
@@ -210,35 +221,40 @@ def run_study(
     *,
     runtime: Sequence[str] = (),
     stopped: bool = False,
+    accept_changes: bool = False,
 ) -> int:
     """Run the missing trials of a study, then print its table. 0 when all trials have a result, or were stopped as the
     study asks for, else 1.
 
     With a definition that is saved first (a launch); without, the study is as it was saved (a resume), but for
     `runtime`: overrides (`runtime.workers=2`) of what is still to run. With `stopped` the trials that were stopped
-    early are missing too, and run to the end. SIGINT and SIGTERM end the trials and no more. So does storage that is
-    full, read-only or does not answer, when a trial has met it.
+    early are missing too, and run to the end. A resume of what has changed is refused with a diff, or with
+    `accept_changes` recorded (`as_today`). SIGINT and SIGTERM end the trials and no more. So does storage that is full,
+    read-only or does not answer, when a trial has met it.
     """
     storage.check_writable()
     folder = storage.study(name)
     if definition is None:
         folder.definition()  # before the lock makes a folder of that name
     with _interruptible(), launch_lock(folder):
-        left_out = save(definition, storage) if definition else 0
+        differences = save(definition, storage) if definition else []
         study = folder.definition()
         rows = _settled(storage, study)
         todo = missing(rows, must_run(rows, study["baseline"]), stopped=stopped)
-        if runtime:
-            keys = {row.key for row in todo}
-            study = change_runtime(study, sorted(keys), runtime)
-            todo = list({row.key: row for row in read_rows(storage, study) if row.key in keys}.values())
-        check_current(storage, todo)
-        if runtime and todo:
+        saved = study
+        study, keys = as_today(storage, saved, {row.key for row in todo}, runtime, accept=accept_changes)
+        if study is not saved:
             write_json(folder.path / "study.json", study)
-        _say_plan(console, study, read_rows(storage, study), todo, left_out, where)
+            rows = read_rows(storage, study)
+            todo = [row for row in missing(rows, must_run(rows, study["baseline"]), stopped=stopped) if row.key in keys]
+        if len(taken := study.get("changes", [])) > len(saved.get("changes", [])):
+            differences = taken[-1]["what"]
+        _say_plan(console, study, read_rows(storage, study), todo, differences, where)
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
-        with SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
+        option = where.tracking if where.ui else "none"
+        server = server_of_launch(option, storage, name, lambda text: console.print(text, **AS_IT_IS))
+        with server, SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
             fault: OSError | None = _run_rounds(todo, storage, study, launch_dir, where, console)
             report = build_report(storage, name)
             files = list[StoragePath]()
@@ -319,7 +335,11 @@ def _early(todo: list[TrialRow], storage: Storage, study: dict[str, Any]) -> Any
         return None
     never = frozenset(row.key for row in todo if row.state == STOPPED)
     return Early(
-        EarlyStopping.model_validate(study["early_stopping"]), read_rows(storage, study), study["baseline"], never
+        EarlyStopping.model_validate(study["early_stopping"]),
+        read_rows(storage, study),
+        study["baseline"],
+        never,
+        changes.trained_otherwise(study),
     )
 
 
@@ -369,11 +389,16 @@ def command() -> str:
 
 
 def _say_plan(
-    console: Console, study: dict[str, Any], rows: list[TrialRow], todo: list[TrialRow], left_out: int, where: Where
+    console: Console,
+    study: dict[str, Any],
+    rows: list[TrialRow],
+    todo: list[TrialRow],
+    differences: list[str],
+    where: Where,
 ) -> None:
-    if left_out:
-        text = f"{left_out} trial(s) of an earlier study of this name are not in its file any more; their files stay"
-        console.print(text, highlight=False, markup=False)
+    if differences:
+        text = "\n  ".join(["changed since the study was saved:", *differences])
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     have = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
     console.print(
         f"study {study['name']}: {len(rows)} trials ({have}); {len(todo)} to run", highlight=False, markup=False

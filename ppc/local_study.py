@@ -6,11 +6,10 @@ import ctypes
 import os
 import signal
 from collections.abc import Sequence
+from contextlib import suppress
 from multiprocessing import get_context
-from multiprocessing.connection import wait
+from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
-from multiprocessing.queues import SimpleQueue
-from typing import Any
 
 from ppc.artifacts import Storage
 from ppc.config import TrialConfig
@@ -21,6 +20,7 @@ from ppc.runtime import LocalRuntime, WorkerDiedError
 from ppc.trial import record_failure, run_trial
 
 PR_SET_PDEATHSIG = 1  # a name of Linux's prctl.h
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int) -> None:
@@ -33,48 +33,60 @@ def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int)
     cpus = os.cpu_count() or 1
     if max_concurrent == 1:
         for row in rows:
-            if (fault := _run_row(row, storage, cpus)) is not None:
-                raise fault
+            if (met := _run_row(row, storage, cpus)) is not None:
+                raise met
         return
     context = get_context("spawn")
-    faults = context.SimpleQueue()
-    waiting, running = list(reversed(rows)), dict[int, tuple[SpawnProcess, TrialRow]]()
+    fault: StorageError | None = None
+    waiting, running = list(reversed(rows)), dict[int, tuple[SpawnProcess, TrialRow, Connection]]()
     try:
         while waiting or running:
             while waiting and len(running) < max_concurrent:
                 row = waiting.pop()
                 share = max(1, cpus // max_concurrent)
-                process = context.Process(target=_own_process, args=(row, storage, share, os.getpid(), faults))
+                told, tell = context.Pipe(duplex=False)
+                process = context.Process(target=_own_process, args=(row, storage, share, os.getpid(), tell))
                 process.start()
-                running[process.sentinel] = (process, row)
+                tell.close()
+                running[process.sentinel] = (process, row, told)
             for sentinel in wait(list(running)):
                 assert isinstance(sentinel, int)
-                process, row = running.pop(sentinel)
+                process, row, told = running.pop(sentinel)
                 process.join()
+                with told, suppress(EOFError):  # it had nothing to tell
+                    fault = StorageError(*told.recv())
                 if process.exitcode:
                     died = WorkerDiedError(f"the trial's process died (exit code {process.exitcode})")
                     record_failure(storage.trial(row.key), died)
-            if not faults.empty():
+            if fault is not None:
                 waiting.clear()
     finally:  # nothing of this launch works on when it is gone
-        for process, _ in running.values():
+        for process, *_ in running.values():
             process.terminate()
-        for process, _ in running.values():
+        for process, *_ in running.values():
             process.join()
-    if not faults.empty():
-        raise StorageError(*faults.get())
+    if fault is not None:
+        raise fault
 
 
-def _own_process(row: TrialRow, storage: Storage, cpus: int, parent: int, faults: SimpleQueue[Any]) -> None:
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+def _own_process(row: TrialRow, storage: Storage, cpus: int, parent: int, tell: Connection) -> None:
+    for number in ENDING:
+        signal.signal(number, _end_once)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         if os.getppid() == parent:  # else it died before it could be told of
             if (fault := _run_row(row, storage, cpus)) is not None:
-                faults.put(as_data(fault))
+                tell.send(as_data(fault))
     except KeyboardInterrupt:
         pass  # recorded by the trial
+
+
+def _end_once(number: int, frame: object) -> None:
+    """End the trial, which records that. More signals follow the first: the launch's after the terminal's, and one for
+    each thread of a launch that was killed; none may cut the recording short."""
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _run_row(row: TrialRow, storage: Storage, cpus: int) -> StorageError | None:

@@ -1,19 +1,16 @@
-"""Where MLflow is: tracking URIs, whether a server answers, and the embedded server with its UI. Imports no mlflow."""
+"""Where MLflow is: tracking URIs, the storage's own database, whether a server answers. Imports no mlflow."""
 
 from __future__ import annotations
 
 import http.client
 import os
 import re
-import socket
-import subprocess
-import sys
-import time
+import sqlite3
 import urllib.error
 import urllib.request
+from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
-from types import TracebackType
 from urllib.parse import quote
 
 from ppc.artifacts import Storage, read_json
@@ -31,9 +28,59 @@ class TrackingError(Exception):
     """MLflow could not be told something now; it can be told later."""
 
 
+def default_database(storage: Storage) -> Path:
+    """The SQLite file of a storage."""
+    return storage.here / "mlflow" / "mlflow.db"
+
+
 def default_uri(storage: Storage) -> str:
     """A SQLite file of the storage, by its absolute path: the current folder never matters."""
-    return f"sqlite:///{storage.here / 'mlflow' / 'mlflow.db'}"
+    return f"sqlite:///{default_database(storage)}"
+
+
+def artifact_place(storage: Storage, study_name: str) -> str:
+    """URI of the folder where a database without a server has the artifacts of a study."""
+    return (storage.here / "mlflow" / "artifacts" / study_name).as_uri()
+
+
+def _open_database(path: Path, mode: str) -> closing[sqlite3.Connection]:
+    return closing(sqlite3.connect(f"{path.as_uri()}?mode={mode}", uri=True, timeout=30.0))
+
+
+def made_ms(database: Path) -> int | None:
+    """When an MLflow database was made, unix ms: MLflow does that last. None when it is not there yet."""
+    try:
+        with _open_database(database, "ro") as connection:
+            found = connection.execute("select creation_time from experiments where experiment_id = 0").fetchone()
+    except sqlite3.Error:
+        return None
+    return None if found is None or found[0] is None else int(found[0])
+
+
+def move_artifacts(storage: Storage) -> None:
+    """Have the storage's own database look for artifacts where they are now: MLflow keeps absolute paths in it, and a
+    storage can be moved. TrackingError when it is in use for long."""
+    path = default_database(storage)
+    if made_ms(path) is None:
+        return
+    try:
+        with _open_database(path, "rw") as connection, connection:
+            known = (
+                "select experiment_id, name, artifact_location from experiments where artifact_location like 'file:%'"
+            )
+            for number, name, before in connection.execute(known).fetchall():
+                place = artifact_place(storage, name.removeprefix("ppc/"))
+                if name.startswith("ppc/") and before != place:
+                    connection.execute(
+                        "update runs set artifact_uri = ? || substr(artifact_uri, ?)"
+                        " where experiment_id = ? and instr(artifact_uri, ?) = 1",
+                        (place, len(before) + 1, number, before + "/"),
+                    )
+                    connection.execute(
+                        "update experiments set artifact_location = ? where experiment_id = ?", (place, number)
+                    )
+    except sqlite3.Error as error:
+        raise TrackingError(f"{path}: {error}") from error
 
 
 def check_uri(uri: str) -> str:
@@ -102,93 +149,8 @@ def probe(uri: str, timeout_s: float = 3.0) -> None:
         raise TrackingError(f"no MLflow server answers at {address}: {reason}") from error
 
 
-# -- the embedded server
-
-
-def ui_command(storage: Storage, host: str, port: int) -> tuple[list[str], dict[str, str]]:
-    """Command line of the embedded server for a storage, and what it adds to the environment."""
-    folder = storage.here / "mlflow"
-    command = [
-        sys.executable, "-m", "mlflow", "server",
-        "--backend-store-uri", default_uri(storage), "--artifacts-destination", str(folder / "artifacts"),
-        "--host", host, "--port", str(port), "--workers", "1",
-    ]  # fmt: skip
-    return command, {**QUIET, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-
-
 def study_link(base_url: str, experiment: str | None) -> str:
     """Address of a study's runs in the UI; of the UI itself when the study has no experiment there."""
     if experiment is None:
         return base_url
     return f"{base_url.rstrip('/')}/#/experiments/{quote(experiment)}/runs?workflowType=machine_learning"
-
-
-class UiServer:
-    """A running embedded server; leaving the `with` block ends it."""
-
-    def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-        self.process, self.url, self.log = process, url, log
-
-    def wait(self) -> int:
-        """Wait until the server ends; its exit status."""
-        return self.process.wait()
-
-    def stop(self, wait_s: float = 15.0) -> None:
-        """End the server and its worker."""
-        self.process.terminate()  # it passes the signal on to its worker
-        try:
-            self.process.wait(wait_s)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def __enter__(self) -> UiServer:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.stop()
-
-
-def start_ui(storage: Storage, host: str = "127.0.0.1", port: int = 5000, *, wait_s: float = 120.0) -> UiServer:
-    """Start the embedded server and wait until it answers.
-
-    ValueError when the port is taken; TrackingError with the end of its log when it does not come up in `wait_s`.
-    """
-    with socket.socket() as probe_socket:
-        probe_socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe_socket.bind((host, port))
-        except OSError as error:
-            raise ValueError(f"{host}:{port} cannot be used: {error.strerror}; choose another with --port") from error
-    command, extra = ui_command(storage, host, port)
-    log = storage.here / "mlflow" / "server.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as handle:
-        process = subprocess.Popen(command, env={**os.environ, **extra}, stdout=handle, stderr=handle, cwd=log.parent)
-    server = UiServer(process, f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}", log)
-    try:
-        _wait_until_healthy(server, wait_s)
-    except BaseException:
-        server.stop()
-        raise
-    return server
-
-
-def _wait_until_healthy(server: UiServer, wait_s: float) -> None:
-    direct = urllib.request.build_opener(
-        urllib.request.ProxyHandler({})
-    )  # a proxy knows nothing of this machine's ports
-    deadline = time.monotonic() + wait_s
-    while server.process.poll() is None and time.monotonic() < deadline:
-        try:
-            with direct.open(f"{server.url}/health", timeout=2) as answer:
-                answer.read()
-                return
-        except (OSError, http.client.HTTPException):
-            time.sleep(0.2)
-    ended = server.process.poll()
-    how = f"no answer in {wait_s:.0f} s" if ended is None else f"it ended with status {ended}"
-    lines = server.log.read_text(errors="replace").splitlines()[-5:]
-    raise TrackingError("\n".join([f"the MLflow server did not start: {how}; its log {server.log} ends:", *lines]))

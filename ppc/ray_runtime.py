@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 import time
 import uuid
@@ -37,6 +38,11 @@ from ppc.train import TrainingStopped
 
 # A trial's placement group captures what its driver starts; DEFAULT lets it go anywhere in the cluster.
 ANYWHERE = {"scheduling_strategy": "DEFAULT"}
+NO_GPU = (
+    "torch finds none there: install a torch for its driver, start Ray there with as many GPUs as it has "
+    "(ray start --num-gpus), or run on CPUs: --set runtime.gpus_per_worker=0"
+)
+NO_NCCL = "ProcessGroupNCCL is only supported with GPUs"  # what torch says where it finds none
 START_TRIES = 10  # more tries to start the workers of a trial on a cluster that has room for them but is busy
 
 
@@ -77,13 +83,22 @@ class RayRuntime:
         # So long Ray Train waits for room to start workers, again after a node died. A busy cluster gets more tries.
         start_s = max(5.0, cfg.resource_wait_s)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{start_s:g}"
-        for tries_left in range(START_TRIES, -1, -1):
+        deaths = 0
+        for tries_left in range(START_TRIES + cfg.max_failures, -1, -1):
             try:
                 return self._fit(worker, payload, cfg)
             except ControllerError as error:
                 one = {"CPU": cfg.cpus_per_worker, "GPU": cfg.gpus_per_worker}
                 wait_for_resources(one, cfg.workers, 0, waited_s=start_s)
+                if isinstance(error.controller_failure, ray.exceptions.RayActorError):
+                    # A worker that dies while Ray Train starts it: that is not one of Ray Train's own tries.
+                    deaths += 1
+                    if deaths > cfg.max_failures or not tries_left:
+                        raise _died(cfg.max_failures, error.controller_failure) from error
+                    continue
                 no_start = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
+                if NO_NCCL in str(error):
+                    raise ValueError(f"Ray gave the trial's workers GPUs, but {NO_GPU}") from error
                 if not tries_left or not isinstance(error.controller_failure, no_start):
                     raise RuntimeError(f"Ray Train could not run the trial's workers: {error}") from error
 
@@ -105,7 +120,8 @@ class RayRuntime:
                 num_workers=cfg.workers, use_gpu=cfg.gpus_per_worker > 0, resources_per_worker=resources
             ),
             torch_config=TorchConfig(
-                backend="nccl" if cfg.gpus_per_worker >= 1 else "gloo", timeout_s=peer_timeout_s()
+                backend="nccl" if cfg.gpus_per_worker >= 1 and not fake_gpus() else "gloo",
+                timeout_s=peer_timeout_s(),
             ),
             run_config=RunConfig(
                 name=name,
@@ -228,10 +244,20 @@ def _map_task(common: tuple[MapFunction, Any], part: Sequence[Any]) -> tuple[flo
 
 
 def _device() -> Any:
-    """The GPU that Ray gave this process, or the CPU (also where a cluster only pretends to have GPUs)."""
+    """The GPU that Ray gave this process, or the CPU when it gave none. ValueError when torch cannot use that GPU."""
     import torch
 
-    return torch.device("cuda") if ray.get_gpu_ids() and torch.cuda.is_available() else torch.device("cpu")
+    if not (gpus := ray.get_gpu_ids()) or fake_gpus():
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        which = f"GPU {', '.join(map(str, gpus))} of {socket.gethostname()}"
+        raise ValueError(f"Ray gave this process {which}, but {NO_GPU}")
+    return torch.device("cuda")
+
+
+def fake_gpus() -> bool:
+    """Whether GPUs are only counted, and work runs on CPUs: PPC_FAKE_GPUS=1, for tests of a cluster without any."""
+    return os.environ.get("PPC_FAKE_GPUS") == "1"
 
 
 def _get(ref: Any, max_retries: int) -> Any:

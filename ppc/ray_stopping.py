@@ -33,6 +33,7 @@ class Early:
     rows: Sequence[TrialRow]
     baseline: str
     never: frozenset[str] = frozenset()
+    apart: frozenset[str] = frozenset()  # trained before a change of code, data or config: not compared with
 
 
 class KeepingAsha(FIFOScheduler):  # type: ignore[misc]
@@ -52,6 +53,8 @@ class KeepingAsha(FIFOScheduler):  # type: ignore[misc]
             reduction_factor=early.rule.reduction_factor,
         )
         for row in early.rows:  # what earlier launches trained is compared with, and not decided again
+            if row.key in early.apart:
+                continue
             for folder in stage_dirs(storage, row):
                 for epoch, value in EpochReader(folder, self._metric_name).new():
                     self._worse(row.key, epoch, value)

@@ -11,11 +11,12 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import ray
 from ray import tune
+from ray._private import ray_constants as constants
 
 from ppc.artifacts import Storage
 from ppc.config import TrialConfig
@@ -41,20 +42,44 @@ QUIET_ENV = {
 
 
 @contextmanager
-def cluster(address: str | None, *, num_cpus: int | None = None, temp_dir: str | None = None) -> Iterator[None]:
-    """Connect to a cluster, or start one on this machine when no address is given (never joining one by accident)."""
+def cluster(
+    address: str | None, *, num_cpus: int | None = None, num_gpus: int | None = None, temp_dir: str | None = None
+) -> Iterator[None]:
+    """Connect to a cluster, or start one on this machine when no address is given (never joining one by accident).
+
+    `num_cpus` and `num_gpus` are those of a cluster that is started; by default what this machine has.
+    """
     for name, value in QUIET_ENV.items():
         os.environ.setdefault(name, value)
     local = address in (None, "local")
     options: dict[str, Any] = {"address": "local" if local else address, "logging_level": logging.ERROR}
     if local:
-        options |= {"include_dashboard": False, "num_cpus": num_cpus, "_temp_dir": temp_dir}
+        options |= {"include_dashboard": False, "num_cpus": num_cpus, "num_gpus": num_gpus, "_temp_dir": temp_dir}
+    with _on_loopback() if local else nullcontext():
+        try:
+            with _own_sigterm():
+                ray.init(log_to_driver=False, configure_logging=True, **options)
+            yield
+        finally:
+            ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a cluster of this machine alone listen at 127.0.0.1: Ray opens its ports, which take code, to all the world.
+
+    This is its switch for systems whose firewall asks the user about open ports, and Ray reads it when it is imported.
+    """
+    name, before = constants.ENABLE_RAY_CLUSTERS_ENV_VAR, constants.ENABLE_RAY_CLUSTER
+    told = os.environ.get(name)
+    os.environ[name], constants.ENABLE_RAY_CLUSTER = "0", False
     try:
-        with _own_sigterm():
-            ray.init(log_to_driver=False, configure_logging=True, **options)
         yield
     finally:
-        ray.shutdown()
+        constants.ENABLE_RAY_CLUSTER = before
+        os.environ.pop(name)
+        if told is not None:
+            os.environ[name] = told
 
 
 @contextmanager

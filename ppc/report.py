@@ -20,6 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppc.artifacts import Storage, now_ms, write_json
+from ppc.changes import told
 from ppc.ledger import FINISHED, RUNNING, STOPPED, TrialRow, counts, read_rows, stopped_at
 from ppc.places import StoragePath, atomic_write
 from ppc.study import Row, summarise
@@ -138,6 +139,17 @@ def _line(
     )  # fmt: skip
 
 
+def skipped_lines(rows: Sequence[TrialRow]) -> list[str]:
+    """What data.on_broken skip left out, a line for each split and number: `train: 20 of 5,000 images skipped`."""
+    found = [(row.result or {}).get("skipped", {}) for row in rows]
+    lines = [
+        f"{split}: {len(one['ids']):,} of {one['listed']:,} images skipped (broken: data.on_broken)"
+        for skipped in found
+        for split, one in skipped.items()
+    ]
+    return list(dict.fromkeys(lines))
+
+
 def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     results = [row.result for row in rows if row.result is not None]
     metric, split = study["metric"], metric_split(study["metric"])
@@ -147,6 +159,7 @@ def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, 
         counted = [result["counts"][split] for result in results if split in result.get("counts", {})]
         images = _distinct(f"{n} images" for n in counted)
         header.append(("split", f"{split}: {images or 'no trial has counted its images yet'}"))
+    header += [("skipped", line) for line in skipped_lines(rows)]
     header.append(("background score", _distinct(_protocol(row, split) for row in rows)))
     rules = _distinct(result["absent_classes"] for result in results if "absent_classes" in result)
     header.append(
@@ -159,6 +172,7 @@ def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, 
     commit = f"commit {code['commit']}" if code.get("commit") else "no commit known"
     changed = " with uncommitted changes" if code.get("dirty") else ""
     header.append(("code", f"version {code.get('version', '?')}, {commit}{changed}"))
+    header += [("changed", line) for line in told(study)]
     header.append(("seeds", ", ".join(str(seed) for seed in study["trial_seeds"])))
     header.append(("trials", _states(counts(list(rows)))))
     return header

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from ruamel.yaml import YAML
 
 from ppc.artifacts import read_journal
+from ppc.changes import code_of
 from ppc.config import DataConfig
 from ppc.ledger import TrialRow, stopped_at
 from ppc.places import StoragePath, size_of
@@ -52,9 +53,9 @@ def image_name(name: str) -> str:
     return re.sub(r"[^a-zA-Z0-9_\-.]", "_", name)
 
 
-def code_tags(study: dict[str, Any]) -> dict[str, str]:
-    """Tags of every run of a study: the code it was launched with, and by whom."""
-    code = study.get("code") or {}
+def code_tags(study: dict[str, Any], key: str | None = None) -> dict[str, str]:
+    """Tags of every run of a study: the code that it, or its trial of this key, was planned with, and by whom."""
+    code = (study.get("code") or {}) if key is None else code_of(study, key)
     tags = {"mlflow.source.name": "ppc", "mlflow.source.type": "LOCAL", "ppc.study": study["name"]}
     tags["ppc.version"] = str(code.get("version"))
     if code.get("commit"):
@@ -65,11 +66,15 @@ def code_tags(study: dict[str, Any]) -> dict[str, str]:
 
 
 def data_of(row: TrialRow, study: dict[str, Any]) -> list[dict[str, Any]]:
-    """The datasets of the study that a trial uses."""
-    if len(study["data"]) == 1:
-        return list(study["data"])
-    place = data_name(DataConfig.model_validate(row.config["data"]))
-    return [data for data in study["data"] if data["root"] == place]
+    """The datasets of the study that a trial uses, as they were when it was planned."""
+    found = list(study["data"])
+    if len(found) > 1:
+        place = data_name(DataConfig.model_validate(row.config["data"]))
+        found = [data for data in found if data["root"] == place]
+    if study.get("changes"):  # then trials of a study can have seen other contents
+        mine = next(entry for entry in study["trials"] if entry["key"] == row.key)
+        found = [{**data, "fingerprint": mine.get("fingerprint", data["fingerprint"])} for data in found]
+    return found
 
 
 def datasets(row: TrialRow, study: dict[str, Any]) -> list[tuple[str, str, str]]:
@@ -90,7 +95,7 @@ def trial_tags(row: TrialRow, study: dict[str, Any], host: str | None) -> dict[s
     tags = {
         "ppc.kind": "trial", "ppc.trial_key": row.key, "ppc.variant": row.variant, "ppc.variant_key": row.variant_key,
         "ppc.attempt": str(row.attempt), "ppc.state": row.state,
-        "mlflow.runColor": COLOURS[variants.index(row.variant) % len(COLOURS)], **code_tags(study),
+        "mlflow.runColor": COLOURS[variants.index(row.variant) % len(COLOURS)], **code_tags(study, row.key),
     }  # fmt: skip
     if host:
         tags["ppc.host"] = host
@@ -105,6 +110,8 @@ def trial_tags(row: TrialRow, study: dict[str, Any], host: str | None) -> dict[s
         tags["ppc.error_stage"] = str(row.error.get("stage"))
     if row.result is not None:
         tags |= {f"ppc.{name}": str(row.result[name]) for name in ("protocol", "absent_classes") if name in row.result}
+        for split, one in row.result.get("skipped", {}).items():
+            tags[f"ppc.skipped.{split}"] = f"{len(one['ids'])} of {one['listed']} images"
         bad = sorted(name for name, value in row.result["metrics"].items() if not is_number(value))
         if bad:
             tags["ppc.not_finite"] = ", ".join(bad)
@@ -150,6 +157,8 @@ def new_points(path: StoragePath, mark: Sequence[int]) -> tuple[list[Point], lis
 
 def _score_points(result: dict[str, Any], t: int) -> list[Point]:
     points = [Point(f"final/{name}", value, t, 0) for name, value in result.get("metrics", {}).items()]
+    for split, one in result.get("skipped", {}).items():
+        points.append(Point(f"data/skipped_{split}", float(len(one["ids"])), t, 0))
     for split, curve in result.get("curves", {}).items():
         pairs = zip(curve["thresholds"], curve["miou"], strict=True)
         points += [Point(f"curve/miou_{split}", miou, t, round(threshold * 100)) for threshold, miou in pairs]

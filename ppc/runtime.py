@@ -24,6 +24,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from ppc.artifacts import read_json, write_json
 from ppc.config import RuntimeConfig
+from ppc.data.labels import DataError
+from ppc.data.voc import IMAGE_FOLDERS, OR_SKIP
 from ppc.faults import StorageError, as_data
 from ppc.places import StoragePath, names_in
 from ppc.redact import without_secrets
@@ -80,7 +82,7 @@ class WorkerDiedError(RuntimeError):
 
 
 def remedy(error: BaseException) -> str | None:
-    """What a user can do about a trial that was too large for its resources, to end the error's message with."""
+    """What a user can do about a broken image or a trial too large for its resources; ends the error's message."""
     seen: BaseException | None = error
     while seen is not None:
         if type(seen).__name__ == "OutOfMemoryError":  # torch's, also when a worker told of it
@@ -94,6 +96,8 @@ def remedy(error: BaseException) -> str | None:
                 "ppc study resume STUDY --max-concurrent 1, or let one take less: --set runtime.loader_workers=0 "
                 "--set runtime.images_per_task=4"
             )
+        if isinstance(seen, DataError) and Path(seen.path).parent.name in IMAGE_FOLDERS:
+            return OR_SKIP
         seen = seen.__cause__
     return None
 

@@ -33,13 +33,24 @@ from ppc.ledger import (
     KILLED,
     PENDING,
     RUNNING,
-    STALE_S,
     STOPPED,
     TrialRow,
+    alive,
     counts,
     stage_dirs,
 )
-from ppc.mlflow_server import QUIET, TrackingError, check_uri, is_server, probe, tracking_uri, words_of
+from ppc.mlflow_server import (
+    QUIET,
+    TrackingError,
+    artifact_place,
+    check_uri,
+    default_uri,
+    is_server,
+    move_artifacts,
+    probe,
+    tracking_uri,
+    words_of,
+)
 from ppc.places import LockedError, StoragePath, locked, names_in, read_bytes
 from ppc.redact import safe_uri
 from ppc.run_record import Point, is_number, metric_name
@@ -94,6 +105,7 @@ class MlflowTracker:
         self._launch = launch
         self._mlflow: Any = None
         self._looked = False  # at MLflow's runs, since this process became the writer
+        self._unanswered = False  # a run was asked for and no answer came: the server may make it later
         self._memory = EMPTY  # of this URI: the experiment, runs by trial key, parent runs by launch
 
     # -- memory: what was sent
@@ -128,11 +140,13 @@ class MlflowTracker:
             self._save()
 
     def _connect(self) -> None:
+        if self.uri == default_uri(self.storage):
+            move_artifacts(self.storage)
         self._mlflow = _client(self.uri)
         name = f"ppc/{self.study['name']}"
         found = self._mlflow.get_experiment_by_name(name)
         if found is None:  # a database has no place for artifacts: without ours they would go to the current folder
-            place = (self.storage.here / "mlflow" / "artifacts" / self.study["name"]).as_uri()
+            place = artifact_place(self.storage, self.study["name"])
             number = self._mlflow.create_experiment(name, None if is_server(self.uri) else place)
         elif found.lifecycle_stage == "deleted":
             restore = f"mlflow experiments restore --experiment-id {found.experiment_id}"
@@ -150,16 +164,22 @@ class MlflowTracker:
         from mlflow.entities import ViewType
 
         known: dict[str, dict[str, Any]] = {"trial": {}, "study": {}}
+        twice: list[Any] = []
         token = None
         while True:
             numbers, order = [self._memory["experiment"]], ["attributes.start_time ASC"]
             page = self._mlflow.search_runs(numbers, "", ViewType.ALL, 1000, order, token)
             for run in page:
                 name = run.data.tags.get("ppc.trial_key") or run.data.tags.get("ppc.launch")
-                if name and run.data.tags.get("ppc.kind") in known:
-                    known[run.data.tags["ppc.kind"]].setdefault(name, run)
+                if not name or run.data.tags.get("ppc.kind") not in known:
+                    continue
+                first = known[run.data.tags["ppc.kind"]].setdefault(name, run)
+                if first is not run and run.info.lifecycle_stage == "active":
+                    twice.append(run)
             if not (token := page.token):
                 break
+        for run in twice:  # made by a request that was sent again, since its answer did not come in time
+            self._mlflow.delete_run(run.info.run_id)
         for part, kind in (("runs", "trial"), ("launches", "study")):
             before, self._memory[part] = self._memory[part], {}
             for name, run in known[kind].items():
@@ -177,7 +197,11 @@ class MlflowTracker:
         if name not in self._memory[part] and not self._looked:
             self._reconcile()  # it may be there: made just before a crash, or by a request whose answer got lost
         if name not in self._memory[part]:
-            run = self._mlflow.create_run(self._memory["experiment"], start_ms, tags, run_name)
+            try:
+                run = self._mlflow.create_run(self._memory["experiment"], start_ms, tags, run_name)
+            except Exception:
+                self._unanswered = True
+                raise
             self._memory[part][name] = {"id": run.info.run_id, "sent": {}, "deleted": False}
             self._save()
         entry: dict[str, Any] = self._memory[part][name]
@@ -188,6 +212,9 @@ class MlflowTracker:
     def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
         """See `Tracker.sync`. A trial that cannot be sent does not keep back the others; the first error is raised."""
         with self._writing():
+            if final and self._unanswered:
+                self._reconcile()
+                self._unanswered = False
             launch = self._open_launch(final)
             problems: list[str] = []
             cause: Exception | None = None
@@ -199,6 +226,7 @@ class MlflowTracker:
                     probe(self.uri)  # no server, no other trial
                     cause = cause or error
                     problems.append(f"{row.label}: {words_of(error, self.uri)}")
+            self._end_left_out({row.key for row in rows})
             self._close_launch(rows, launch, final)
             if problems:
                 raise TrackingError("; ".join(problems[:3])) from cause
@@ -237,7 +265,7 @@ class MlflowTracker:
         launch = self._run("launches", name, f"{self.study['name']} launch {name}", tags, None)
         for other_name, other in self._memory["launches"].items():
             seen_ms = other.get("seen_ms", 0)
-            dead = other_name != name and "ended" not in other and now_ms() - seen_ms > STALE_S * 1000
+            dead = int(other_name) < int(name) and "ended" not in other  # a study has one launch at a time
             if dead and not other["deleted"]:  # its process was killed
                 self._mlflow.set_terminated(other["id"], KILLED, seen_ms or None)
                 other["ended"] = KILLED
@@ -293,6 +321,21 @@ class MlflowTracker:
         if row.state != RUNNING:
             entry["sent"]["whole"] = whole
             self._save()
+
+    def _end_left_out(self, keys: set[str]) -> None:
+        """End the runs of trials that are no longer of the study: no row tells of them."""
+        for key, entry in self._memory["runs"].items():
+            if key in keys or entry["deleted"] or entry["sent"].get("status", [RUNNING])[0] != RUNNING:
+                continue
+            trial = self.storage.trial(key)
+            state = trial.state()
+            word = state.get("state", KILLED) if trial.result() is None else FINISHED
+            if word != RUNNING or not alive(state):
+                ended_ms = state.get("ended_ms") or state.get("heartbeat_ms")
+                status = RUN_STATUS[INTERRUPTED if word == RUNNING else word]
+                self._once(
+                    entry, "status", [status, ended_ms], partial(self._set_status, entry["id"], status, ended_ms)
+                )
 
     def _sync_stage(self, entry: dict[str, Any], folder: StageDir) -> None:
         name, manifest = f"{folder.stage}/{folder.key}", folder.manifest()

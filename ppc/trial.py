@@ -17,16 +17,17 @@ from typing import Any
 
 from ppc.artifacts import Storage, TrialDir, content_key, file_sha256, now_ms, write_json
 from ppc.backbones import BACKBONES, backbone_problem, build_backbone
+from ppc.broken import leave_out_broken, skipped
 from ppc.config import SALIENCY, DataConfig, TrialConfig
 from ppc.crf import PRESETS
-from ppc.data import VocLayout, open_dataset
+from ppc.data import DataError, VocLayout, open_dataset
 from ppc.data.check import fingerprint
 from ppc.faults import storage_error
 from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, note_end
 from ppc.places import remove
 from ppc.redact import without_secrets
 from ppc.runtime import Runtime, remedy
-from ppc.stages import WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits
+from ppc.stages import STAGES, WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits, versions_of
 from ppc.train import TrainingStopped
 
 
@@ -40,6 +41,15 @@ class TrialPlan:
     stages: list[tuple[str, str]]
     fingerprint: str  # of the data
     metrics: list[str]  # that its result will have
+    facts: dict[str, Any]  # what the keys were made of, but for the config: to tell later what changed
+
+    def saved(self) -> dict[str, Any]:
+        """What `study.json` holds of it."""
+        return {
+            "key": self.key, "variant_key": self.variant_key, "config": self.config.model_dump(mode="json"),
+            "stages": [{"name": name, "key": key} for name, key in self.stages], "fingerprint": self.fingerprint,
+            "facts": self.facts,
+        }  # fmt: skip
 
 
 def data_splits(cfg: TrialConfig) -> list[str]:
@@ -72,6 +82,7 @@ class Planner:
         self.storage = storage
         self._data: dict[str, tuple[DataConfig, VocLayout]] = {}
         self._prints: dict[Any, str] = {}
+        self._checked: set[tuple[str, str]] = set()
         self._misfits: dict[tuple[str, int, Path], list[str]] = {}
 
     def plan(self, cfg: TrialConfig) -> TrialPlan:
@@ -84,6 +95,7 @@ class Planner:
             if data_key not in self._data:
                 self._data[data_key] = prepare_data(cfg.data, self.storage)
             data, dataset = self._data[data_key]
+            self._leave_out(cfg, data_key, dataset)
             problems += [f"{path}: {text}" for path, text in check_data(cfg, dataset)]
         except ValueError as error:
             problems.append(str(error))
@@ -105,9 +117,14 @@ class Planner:
         cfg = cfg.model_copy(update={"data": data, "backbone": backbone})
         stages = plan_stages(cfg, prints)
         unseeded = plan_stages(cfg.model_copy(update={"seed": 0}), prints)
+        facts = {
+            "stages": versions_of(cfg),
+            "weights": prints.get(WEIGHTS),
+            "data": {name: {"fingerprint": sha, "images": len(dataset.ids(name))} for name, sha in splits.items()},
+        }
         return TrialPlan(
             cfg, content_key(["trial", stages]), content_key(["variant", unseeded]), stages, content_key(splits),
-            metrics_of(cfg, dataset),
+            metrics_of(cfg, dataset), facts,
         )  # fmt: skip
 
     def _weights_problems(self, cfg: TrialConfig) -> list[str]:
@@ -131,11 +148,25 @@ class Planner:
                 self._misfits[tried] = [f"backbone.weights: for backbone.name {backbone.name}: {error}"]
         return self._misfits[tried]
 
+    def _leave_out(self, cfg: TrialConfig, data_key: str, dataset: VocLayout) -> None:
+        """With data.on_broken skip: take the broken images off the trial's splits, once a split."""
+        if cfg.data.on_broken == "skip":
+            for split in data_splits(cfg):
+                if (data_key, split) not in self._checked and split in dataset.splits():
+                    leave_out_broken(dataset, split, self.storage)
+                    self._checked.add((data_key, split))
+
     def _split_print(self, dataset: VocLayout, data_key: str, split: str, with_saliency: bool) -> str:
         what = (data_key, split, with_saliency)
         if what not in self._prints:
             masks = dataset.has_masks(split)
-            self._prints[what] = fingerprint(dataset, [split], with_masks=masks, with_saliency=with_saliency)
+            try:
+                found = fingerprint(dataset, [split], with_masks=masks, with_saliency=with_saliency)
+            except DataError as error:
+                hint = remedy(error)
+                raise error if hint is None else ValueError(f"{error}; {hint}") from error
+            left_out = dataset.left_out.get(split, ())  # a result names them
+            self._prints[what] = content_key([found, left_out]) if left_out else found
         return self._prints[what]
 
 
@@ -305,6 +336,9 @@ def run_trial(
     write_json(trial.path / "config.json", cfg.model_dump(mode="json"))
     with _State(trial, cfg) as state:
         dataset = open_data(cfg.data, storage)  # in here: data that went away is this trial's error too
+        if cfg.data.on_broken == "skip":
+            for split in data_splits(cfg):
+                leave_out_broken(dataset, split, storage)
         done: list[dict[str, Any]] = []
         merged: dict[str, Any] = {}
         cost = {"gpu_h": 0.0, "cpu_h": 0.0, "wall_s": 0.0}
@@ -324,6 +358,10 @@ def run_trial(
                     except TrainingStopped:
                         state.write(stopped=folder.stop_asked())
                         raise
+                    if dataset.left_out:
+                        seen = STAGES[name].contents(cfg)
+                        mine = {split: one for split, one in skipped(dataset).items() if split in seen}
+                        outcome = {**outcome, "skipped": mine}
                     wall_s = time.monotonic() - start
                     manifest = folder.finish(outcome, wall_s=wall_s, trial=key, ran=_ran_with(cfg))
             done.append({"name": name, "key": stage_key, "reused": reused, "wall_s": manifest["wall_s"]})

@@ -17,6 +17,16 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.fixture(scope="session")
+def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty MLflow database: making its schema takes seconds."""
+    from ppc import tracking
+
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    tracking._client(f"sqlite:///{path}")
+    return path
+
+
 def golden(name: str) -> dict[str, np.ndarray]:
     """The arrays of one file of stored official values, tests/golden/NAME.npz."""
     with np.load(GOLDEN / f"{name}.npz") as data:

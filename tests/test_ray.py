@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,6 +79,14 @@ def note_device(shared: int, part: Sequence[int], device: torch.device) -> str:
     return str(device)
 
 
+def test_no_port_of_our_own_cluster_is_open_to_others(ray_here: None) -> None:
+    processes = [psutil.Process(), *psutil.Process().children(recursive=True)]
+    heard = [(p.name(), place) for p in processes for place in p.net_connections("inet") if place.status == "LISTEN"]
+    assert "gcs_server" in {name for name, _ in heard}
+    addresses = {ip_address(place.laddr.ip.removeprefix("::ffff:")) for _, place in heard}
+    assert all(address.is_loopback for address in addresses), heard
+
+
 def test_images_wait_for_no_gpu_that_never_comes(ray_here: None) -> None:
     found: list[str] = []
 
@@ -135,16 +144,22 @@ def test_a_dead_worker_of_two_is_started_again(tmp_path: Path, ray_here: None) -
     assert {path.name for path in (tmp_path / "seen").iterdir()} == {"died", "ended-0", "ended-1"}
 
 
-def die(payload: Path, device: torch.device) -> None:
-    (payload / str(time.time_ns())).touch()
-    os.kill(os.getpid(), signal.SIGKILL)
+def die_in_the_last(payload: Path, device: torch.device) -> None:
+    (payload / f"{rank()}-{time.time_ns()}").touch()
+    if rank() == world_size() - 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    dist.barrier()  # raises, which is not what is told
 
 
-def test_a_process_that_dies_at_every_try_ends_in_one_clear_error(tmp_path: Path, ray_here: None) -> None:
-    cfg = RuntimeConfig(engine="task", max_failures=2)
-    with pytest.raises(WorkerDiedError, match=r"died and so did 2 more tries \(runtime.max_failures\)"):
-        RayRuntime(tmp_path / "scratch").train(die, made(tmp_path / "seen"), cfg)
-    assert len(list((tmp_path / "seen").iterdir())) == 3
+@pytest.mark.parametrize(("engine", "workers"), [("task", 1), ("train", 2)])
+def test_a_process_that_dies_at_every_try_ends_in_one_clear_error(
+    engine: Literal["task", "train"], workers: int, tmp_path: Path, ray_here: None
+) -> None:
+    cfg = RuntimeConfig(engine=engine, workers=workers, max_failures=1)
+    with pytest.raises(WorkerDiedError, match=r"died and so did 1 more tries \(runtime.max_failures\)"):
+        RayRuntime(tmp_path / "scratch").train(die_in_the_last, made(tmp_path / "seen"), cfg)
+    tries = len(list((tmp_path / "seen").glob(f"{workers - 1}-*")))
+    assert tries == 2 if engine == "task" else 2 <= tries <= 4  # deaths at the start and later ones are counted apart
 
 
 def made(folder: Path) -> Path:

@@ -19,16 +19,8 @@ from fake_study import FakeStudy
 from ppc import tracking
 from ppc.artifacts import Storage, now_ms
 from ppc.ledger import STALE_S, TrialRow
-from ppc.mlflow_server import (
-    TrackingError,
-    check_uri,
-    default_uri,
-    experiment_id,
-    start_ui,
-    study_link,
-    tracking_uri,
-    ui_command,
-)
+from ppc.mlflow_embedded import start_ui, ui_command
+from ppc.mlflow_server import TrackingError, check_uri, default_uri, experiment_id, study_link, tracking_uri
 from ppc.redact import safe_uri
 from ppc.run_record import metric_name, new_points
 from ppc.tracking import MlflowTracker, NoTracker, SyncLoop, Tracker, make_tracker
@@ -36,20 +28,17 @@ from ppc.tracking import MlflowTracker, NoTracker, SyncLoop, Tracker, make_track
 pytest.importorskip("mlflow")
 
 
-@pytest.fixture(scope="session")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty MLflow database: making its schema takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    tracking._client(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def fake(tmp_path: Path, template: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStudy:
+def fake(tmp_path: Path, mlflow_template: Path, monkeypatch: pytest.MonkeyPatch) -> FakeStudy:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "storage" / "mlflow").mkdir(parents=True)
-    shutil.copy(template, tmp_path / "storage" / "mlflow" / "mlflow.db")
+    shutil.copy(mlflow_template, tmp_path / "storage" / "mlflow" / "mlflow.db")
     return FakeStudy(tmp_path / "storage")
+
+
+def dead_ms() -> int:
+    """A heartbeat that is too old."""
+    return now_ms() - int(STALE_S * 1000) - 1
 
 
 def tracker_of(fake: FakeStudy, launch: str | None = "001") -> Tracker:
@@ -349,6 +338,28 @@ def test_a_run_whose_creation_was_not_answered_is_found_again(fake: FakeStudy, m
     assert len(runs_of(fake)) == 2
 
 
+def test_a_run_that_is_made_after_its_request_was_given_up_is_no_second_run(
+    fake: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake.finish(0, 0.5)
+    tracker = tracker_of(fake)
+    tracker.sync([])
+    asked: list[tuple[Any, ...]] = []
+
+    def unanswered(*words: Any) -> None:
+        asked.append(words)
+        raise ConnectionError("no answer")
+
+    monkeypatch.setattr(tracker._mlflow, "create_run", unanswered)
+    with pytest.raises(TrackingError, match="no answer"):
+        tracker.sync(fake.rows)
+    tracker.sync(fake.rows)  # connects anew, and makes the run
+    client_of(fake).create_run(*asked[0])  # the server gets to the first request
+    tracker.sync(fake.rows, final=True)
+    (run,) = [run for run in client_of(fake).search_runs([asked[0][0]]) if run.data.tags.get("ppc.kind") == "trial"]
+    assert run.info.status == "FINISHED" and run.data.metrics["cost/wall_s"] > 0
+
+
 def test_states_are_true_through_a_life_of_a_trial(fake: FakeStudy) -> None:
     def status() -> str:
         tracker.sync(fake.rows)
@@ -378,15 +389,21 @@ def test_states_are_true_through_a_life_of_a_trial(fake: FakeStudy) -> None:
 def test_a_run_left_running_by_a_killed_launch_is_repaired(fake: FakeStudy) -> None:
     fake.start(0)
     tracker_of(fake, "001").sync(fake.rows)
-    fake.start(0, heartbeat_ms=now_ms() - int(STALE_S * 1000) - 1)
-    memory = fake.storage.study("demo").path / "tracking.json"
-    known = json.loads(memory.read_text())
-    known[default_uri(fake.storage)]["launches"]["001"]["seen_ms"] -= int(STALE_S * 1000) + 1
-    memory.write_text(json.dumps(known))
+    fake.start(0, heartbeat_ms=dead_ms())
     tracker_of(fake, "002").sync(fake.rows)
     assert [run.info.status for run in runs_of(fake).values()] == ["KILLED"]
     launches = {name: run.info.status for name, run in runs_of(fake, "study").items()}
     assert launches == {"demo launch 001": "KILLED", "demo launch 002": "RUNNING"}
+
+
+def test_a_run_of_a_trial_that_left_the_study_ends(fake: FakeStudy) -> None:
+    for index in range(3):
+        fake.start(index)
+    tracker_of(fake, "001").sync(fake.rows)
+    fake.start(0, heartbeat_ms=dead_ms())
+    fake.finish(1, 0.5)
+    tracker_of(fake, "002").sync(fake.rows[3:])
+    assert [run.info.status for run in runs_of(fake).values()] == ["RUNNING", "FINISHED", "KILLED"]  # newest first
 
 
 def test_the_end_of_a_launch_tells_how_it_went(fake: FakeStudy) -> None:

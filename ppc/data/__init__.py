@@ -28,7 +28,7 @@ class SceneLayout(VocLayout):
         self._labels = labels
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return SceneLayout, (self.root, self._labels, self._scenes)
+        return SceneLayout, (self.root, self._labels, self._scenes), {"left_out": self.left_out}
 
 
 def open_scenes(root: Path, labels: str, scenes: Mapping[str, int]) -> VocLayout:

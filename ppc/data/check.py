@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ppc.data.labels import DataError
 from ppc.data.voc import IGNORE, VocLayout
 
 THREADS = 8
+BROKEN_VERSION = 1  # raise it when `broken_images` finds others in the same files
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,66 @@ def _check_image(layout: VocLayout, split: str, image_id: str, *, with_saliency:
     except DataError as error:
         if with_saliency or error.what != "missing":
             yield _problem(error)
+
+
+def broken_images(layout: VocLayout, split: str) -> dict[str, Problem]:
+    """The images of a split that cannot be used, each with its first problem, in the order of the list.
+
+    A mask is asked for where any image of the split has one; a mask that contradicts the tags can be used.
+    """
+    ids = list(dict.fromkeys(layout.ids(split)))
+    with_masks = _any_mask(layout, split, ids)
+
+    def check(image_id: str) -> Problem | None:
+        try:
+            layout.image(image_id)
+            if with_masks:
+                layout.mask(image_id, split=split)
+            layout.image_label(image_id, split=split)
+        except DataError as error:
+            return _problem(error)
+        return None
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        found = zip(ids, pool.map(check, ids), strict=True)
+        return {image_id: problem for image_id, problem in found if problem is not None}
+
+
+def _any_mask(layout: VocLayout, split: str, ids: Iterable[str]) -> bool:
+    for image_id in ids:
+        try:
+            layout.mask_path(image_id, split=split)
+        except DataError:
+            continue
+        return True
+    return False
+
+
+def raw_fingerprint(layout: VocLayout, split: str) -> str:
+    """sha256 over all that decides which images of a split are broken; missing files are part of it."""
+    sources = ("cls_labels.npy", "classes.txt")
+    whole = hashlib.sha256(json.dumps([BROKEN_VERSION, layout.class_names, layout.label_source, split]).encode())
+    for path in (layout.root / name for name in sources):
+        whole.update(f"\n{path.name} {_file_sha(path) if path.is_file() else None}".encode())
+
+    def digest(image_id: str) -> str:
+        finders: list[Callable[[], Path]] = [
+            partial(layout.image_path, image_id),
+            partial(layout.mask_path, image_id, split=split),
+            partial(layout.annotation_path, image_id),
+        ]
+        found: list[str | None] = []
+        for find in finders:
+            try:
+                found.append(_file_sha(find()))
+            except DataError:
+                found.append(None)
+        return json.dumps([image_id, found])
+
+    with ThreadPoolExecutor(THREADS) as pool:
+        for line in pool.map(digest, layout.ids(split)):
+            whole.update(f"\n{line}".encode())
+    return whole.hexdigest()
 
 
 def _names(classes: set[str]) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import struct
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ IGNORE = 255
 LABEL_SOURCES = ("cls_labels", "xml", "masks")
 # SBD's extra masks live beside the official ones; a split of another name never reads them.
 AUGMENTED_SPLITS = ("train_aug", "trainaug")
+IMAGE_FOLDERS = ("JPEGImages", "SegmentationClass", "SegmentationClassAug")
+OR_SKIP = "or leave all such images out: data.on_broken=skip (ppc data check names them)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
 
@@ -47,6 +49,7 @@ class VocLayout:
                 nested = next((p.parent for p in sorted(self.root.glob("*/JPEGImages"))), None)
                 hint = f"did you mean {nested}?" if nested else "data.root must be a folder in the VOC 2012 layout"
                 raise DataError(self.root, f"has no folder {folder}", hint)
+        self.left_out: dict[str, tuple[str, ...]] = {}  # by split: ids that `leave_out` took off its list
         self.class_names = self._read_class_names()
         self.label_source = self._pick_label_source(labels)
 
@@ -73,7 +76,18 @@ class VocLayout:
         found = [self._resolve(parse_id(line, path, n)) for n, line in enumerate(lines, 1) if line.strip()]
         if not found:
             raise DataError(path, "the list is empty", "write one image id a line")
-        return found
+        absent = frozenset(self.left_out.get(split, ()))
+        return [image_id for image_id in found if image_id not in absent] if absent else found
+
+    def leave_out(self, split: str, image_ids: Iterable[str]) -> None:
+        """Take images off a split's list, for this object and its copies. Raises DataError if none would be left."""
+        self.left_out.pop(split, None)
+        listed, chosen = self.ids(split), frozenset(image_ids)
+        if chosen.issuperset(listed):
+            path = self.root / "ImageSets/Segmentation" / f"{split}.txt"
+            raise DataError(path, f"all {len(listed)} images are broken", "name them with: ppc data check ROOT")
+        if chosen:
+            self.left_out[split] = tuple(image_id for image_id in dict.fromkeys(listed) if image_id in chosen)
 
     def _resolve(self, image_id: str) -> str:
         # IRN writes 2007_000032 as the integer 2007000032; a file that really has that name comes first.
@@ -105,6 +119,10 @@ class VocLayout:
         except (DataError, IndexError):
             return False
         return True
+
+    def annotation_path(self, image_id: str) -> Path:
+        """The image's XML file. Raises DataError if there is none."""
+        return self._find("Annotations", image_id, (".xml",), "add it, or set data.labels to cls_labels or masks")
 
     def saliency_path(self, image_id: str) -> Path:
         """The saliency map's file. Raises DataError if there is none."""
@@ -191,7 +209,7 @@ class VocLayout:
         return {self._resolve(key): value for key, value in read_label_file(path, self.num_classes).items()}
 
     def _xml_names(self, image_id: str) -> set[str]:
-        path = self._find("Annotations", image_id, (".xml",), "add it, or set data.labels to cls_labels or masks")
+        path = self.annotation_path(image_id)
         try:
             tree = ElementTree.parse(path)
         except (ElementTree.ParseError, ValueError) as error:

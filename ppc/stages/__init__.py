@@ -87,6 +87,11 @@ def plan_stages(cfg: TrialConfig, fingerprints: Mapping[str, str]) -> list[tuple
     return list(keys.items())
 
 
+def versions_of(cfg: TrialConfig) -> dict[str, int]:
+    """The version of each stage of a trial."""
+    return {name: STAGES[name].version for name in cfg.stages}
+
+
 def inputs_of(name: str, stages: Sequence[tuple[str, str]]) -> list[str]:
     """The stages among `stages` (names and keys, in order) that come before `name` and whose files it reads."""
     names = [stage for stage, _ in stages]
