@@ -122,7 +122,7 @@ def test_slurm_starts_the_head_then_workers_that_join_it_then_the_study(slurm: S
     wait_for(lambda: slurm.calls().count(["ended"]) == 3)  # the cluster goes with the job
 
 
-def wait_for(holds: Callable[[], bool], seconds: float = 10) -> None:
+def wait_for(holds: Callable[[], bool], seconds: float = 60) -> None:
     deadline = time.monotonic() + seconds
     while not holds():
         assert time.monotonic() < deadline
