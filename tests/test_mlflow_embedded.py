@@ -75,7 +75,7 @@ from pathlib import Path
 from rich.console import Console
 from ppc.artifacts import Storage
 from ppc.launch import Where, run_study
-run_study(Storage(Path(sys.argv[1])), "k", Where(local=True), Console(soft_wrap=True))
+run_study(Storage(Path(sys.argv[1])), "k", Where(local=True, ui=True), Console(soft_wrap=True))
 """
 
 
