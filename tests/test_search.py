@@ -9,7 +9,7 @@ import pytest
 from tiny_study import QUIET
 from typer.testing import CliRunner
 
-import ppc.launch
+import ppc.local_study
 from ppc.artifacts import Storage
 from ppc.cli import app
 from ppc.config import StudyConfig
@@ -127,7 +127,7 @@ def test_a_search_that_is_killed_in_a_round_ends_as_one_that_was_not(
     assert len(expected) == 5 and expected[0][0] == "base s=0"
 
     storage = Storage(tmp_path / "killed")
-    run, ran = ppc.launch.run_trial, []
+    run, ran = ppc.local_study.run_trial, []
 
     def interrupted_once(*args: Any) -> Any:
         ran.append(1)
@@ -135,7 +135,7 @@ def test_a_search_that_is_killed_in_a_round_ends_as_one_that_was_not(
             raise KeyboardInterrupt
         return run(*args)
 
-    monkeypatch.setattr(ppc.launch, "run_trial", interrupted_once)
+    monkeypatch.setattr(ppc.local_study, "run_trial", interrupted_once)
     assert run_study(storage, "s", LOCAL, QUIET, define_search(study, base, storage)) == 1
     states = [row.state for row in read_rows(storage, storage.study("s").definition())]
     assert states == [FINISHED] * 3 + [PENDING] * 2, "the round was written whole before it ran"
