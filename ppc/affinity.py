@@ -57,7 +57,7 @@ def fit_radius(h: int, w: int, *, radius: int) -> int:
     return radius if side > 2 * radius else max(1, min(radius, (side - 1) // 2))
 
 
-def _window(x: Tensor, radius: int, shift: Displacement = (0, 0)) -> Tensor:
+def window(x: Tensor, radius: int, shift: Displacement = (0, 0)) -> Tensor:
     """A view (...,y,x) of what lies at `shift` from each "from" pixel of the grid (...,h,w)."""
     h, w, reach, (dy, dx) = *x.shape[-2:], radius - 1, shift
     if h <= reach or w <= 2 * reach:
@@ -85,8 +85,8 @@ def affinity_label(low_CHW: Tensor, high_CHW: Tensor) -> Tensor:
 def pair_labels(label_Nhw: Tensor, *, radius: int) -> PairLabels:
     """Sort the pairs by the labels of their two pixels; pairs with a 255 are in none of the three (METHOD 8)."""
     label_N1hw = label_Nhw[:, None]
-    source_N1yx = _window(label_N1hw, radius)
-    target_NEyx = torch.cat([_window(label_N1hw, radius, shift) for shift in displacements(radius)], dim=1)
+    source_N1yx = window(label_N1hw, radius)
+    target_NEyx = torch.cat([window(label_N1hw, radius, shift) for shift in displacements(radius)], dim=1)
     known = (source_N1yx != IGNORE) & (target_NEyx != IGNORE)
     same = known & (source_N1yx == target_NEyx)
     return PairLabels(bg=same & (source_N1yx == 0), fg=same & (source_N1yx != 0), neg=known & ~same)
@@ -100,11 +100,11 @@ class _PairAffinity(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, feature_NDhw: Tensor, radius: int) -> Tensor:
-        source_NDyx, shifts = _window(feature_NDhw, radius), displacements(radius)
-        num_images, _, *window = source_NDyx.shape
-        affinity_NEyx = feature_NDhw.new_empty((num_images, len(shifts), *window))
+        source_NDyx, shifts = window(feature_NDhw, radius), displacements(radius)
+        num_images, _, *sides = source_NDyx.shape
+        affinity_NEyx = feature_NDhw.new_empty((num_images, len(shifts), *sides))
         for index, shift in enumerate(shifts):
-            distance_Nyx = (source_NDyx - _window(feature_NDhw, radius, shift)).abs_().mean(dim=1)
+            distance_Nyx = (source_NDyx - window(feature_NDhw, radius, shift)).abs_().mean(dim=1)
             affinity_NEyx[:, index] = distance_Nyx.neg_().exp_()
         ctx.radius = radius
         ctx.save_for_backward(feature_NDhw, affinity_NEyx)
@@ -117,12 +117,12 @@ class _PairAffinity(torch.autograd.Function):
         feature_NDhw, affinity_NEyx = ctx.saved_tensors
         scale_NEyx = grads[0] * affinity_NEyx / -feature_NDhw.shape[1]
         grad_NDhw = torch.zeros_like(feature_NDhw)
-        source_NDyx = _window(feature_NDhw, ctx.radius)
+        source_NDyx = window(feature_NDhw, ctx.radius)
         for index, shift in enumerate(displacements(ctx.radius)):
-            flow_NDyx = (source_NDyx - _window(feature_NDhw, ctx.radius, shift)).sign_()
+            flow_NDyx = (source_NDyx - window(feature_NDhw, ctx.radius, shift)).sign_()
             flow_NDyx *= scale_NEyx[:, index, None]
-            _window(grad_NDhw, ctx.radius).add_(flow_NDyx)
-            _window(grad_NDhw, ctx.radius, shift).sub_(flow_NDyx)
+            window(grad_NDhw, ctx.radius).add_(flow_NDyx)
+            window(grad_NDhw, ctx.radius, shift).sub_(flow_NDyx)
         return grad_NDhw, None
 
 
