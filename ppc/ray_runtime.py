@@ -108,6 +108,8 @@ class RayRuntime:
         from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
         from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+        from ppc.ray_room import RoomBack
+
         resources = {"CPU": cfg.cpus_per_worker}
         if cfg.gpus_per_worker:
             resources["GPU"] = cfg.gpus_per_worker
@@ -126,6 +128,7 @@ class RayRuntime:
             run_config=RunConfig(
                 name=name,
                 **ray_storage(self.scratch),
+                callbacks=[RoomBack()],
                 # What keeps workers from starting is looked at here: Ray Train's own tries have no limit by default.
                 failure_config=FailureConfig(max_failures=cfg.max_failures, controller_failure_limit=0),
             ),

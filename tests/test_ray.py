@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import psutil
 import pytest
+import ray
 import torch
 import torch.distributed as dist
 from tiny_study import make_study
@@ -160,6 +161,14 @@ def test_a_process_that_dies_at_every_try_ends_in_one_clear_error(
         RayRuntime(tmp_path / "scratch").train(die_in_the_last, made(tmp_path / "seen"), cfg)
     tries = len(list((tmp_path / "seen").glob(f"{workers - 1}-*")))
     assert tries == 2 if engine == "task" else 2 <= tries <= 4  # deaths at the start and later ones are counted apart
+    wait_for_all_cpus()  # nothing is held for the dead
+
+
+def wait_for_all_cpus() -> None:
+    deadline = time.monotonic() + 60
+    while (free := ray.available_resources().get("CPU", 0)) < ray.cluster_resources()["CPU"]:
+        assert time.monotonic() < deadline, f"{free} CPUs are free of {ray.cluster_resources()['CPU']}"
+        time.sleep(0.2)
 
 
 def made(folder: Path) -> Path:
