@@ -346,8 +346,7 @@ def _early(todo: list[TrialRow], storage: Storage, study: dict[str, Any]) -> Any
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """SIGTERM does what Ctrl-C does, and SIGINT works even where the launch was started with SIGINT ignored, as a shell
-    does with what it puts in the background: Ray's job stop sends that one. Afterwards all handlers are as before:
-    Tune leaves its own."""
+    does with what it puts in the background: Ray's job stop sends that one. Afterwards all handlers are as before."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

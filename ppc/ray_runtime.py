@@ -134,7 +134,7 @@ class RayRuntime:
             ),
         )
         try:
-            with _own_interrupts():
+            with own_interrupts():
                 trainer.fit()
         except WorkerGroupError as error:
             for failure in error.worker_failures.values():
@@ -199,8 +199,8 @@ def ray_storage(path: StoragePath) -> dict[str, Any]:
 
 
 @contextmanager
-def _own_interrupts() -> Iterator[None]:
-    """Give SIGINT back its handler afterwards: Ray Train leaves its own, which aborts a run that has long ended."""
+def own_interrupts() -> Iterator[None]:
+    """Give SIGINT back its handler afterwards: Tune and Ray Train leave their own, for a run that has long ended."""
     if threading.current_thread() is not threading.main_thread():  # where Tune runs a trial nothing is installed
         yield
         return

@@ -23,7 +23,7 @@ from ppc.config import TrialConfig
 from ppc.faults import StorageError, as_data, storage_error
 from ppc.ledger import TrialRow
 from ppc.places import StoragePath
-from ppc.ray_runtime import RayRuntime, ray_storage, trial_resources
+from ppc.ray_runtime import RayRuntime, own_interrupts, ray_storage, trial_resources
 from ppc.ray_stopping import Early, KeepingAsha, reporting
 from ppc.runtime import WorkerDiedError
 from ppc.train import TrainingStopped
@@ -144,7 +144,9 @@ def run_rows(
         ),
     )
     faults: list[StorageError] = []
-    for outcome in tuner.fit():
+    with own_interrupts():
+        outcomes = tuner.fit()
+    for outcome in outcomes:
         if (told := (outcome.metrics or {}).get("fault")) is not None:
             faults.append(StorageError(*told))
         if outcome.error is not None and outcome.config is not None:  # its process died again

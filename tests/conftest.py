@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,15 @@ def pytest_configure(config: pytest.Config) -> None:
     """A shell starts what it puts in the background with SIGINT ignored, and so may whoever runs these tests: then no
     test, and no process that one starts, could be interrupted."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def interrupts_work_afterwards() -> Iterator[None]:
+    """Tune and Ray Train leave handlers of their own, and with that of a run that has ended an interrupt does nothing:
+    whoever calls them gives SIGINT its handler back."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    assert signal.getsignal(signal.SIGINT) == before
 
 
 @pytest.fixture(scope="session")
