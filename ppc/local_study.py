@@ -18,6 +18,7 @@ from ppc.runtime import LocalRuntime, WorkerDiedError
 from ppc.trial import record_failure, run_trial
 
 PR_SET_PDEATHSIG = 1  # a name of Linux's prctl.h
+ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
 def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int) -> None:
@@ -55,14 +56,22 @@ def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int)
 
 
 def _own_process(row: TrialRow, storage: Storage, cpus: int, parent: int) -> None:
-    signal.signal(signal.SIGTERM, lambda number, frame: signal.raise_signal(signal.SIGINT))
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ENDING:
+        signal.signal(number, _end_once)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
         if os.getppid() == parent:  # else it died before it could be told of
             _run_row(row, storage, cpus)
     except KeyboardInterrupt:
         pass  # recorded by the trial
+
+
+def _end_once(number: int, frame: object) -> None:
+    """End the trial, which records that. More signals follow the first: the launch's after the terminal's, and one for
+    each thread of a launch that was killed; none may cut the recording short."""
+    for ending in ENDING:
+        signal.signal(ending, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def _run_row(row: TrialRow, storage: Storage, cpus: int) -> None:
