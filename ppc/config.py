@@ -56,15 +56,46 @@ class BackboneConfig(Section):
 
 
 class MethodConfig(Section):
-    """The baseline and the weights of its terms (METHOD 3, 4)."""
+    """The baseline and the weights of its terms (METHOD 3, 4, 5, 7)."""
 
-    name: Literal["cam", "seam"] = Field("seam", description="baseline: plain CAM, or SEAM with its PCM")
+    name: Literal["cam", "seam", "eps", "eps_seam"] = Field(
+        "seam",
+        description="baseline: plain CAM; SEAM with its PCM; EPS, which needs saliency maps; EPS with SEAM's PCM and "
+        "terms, on which PPC-EPS builds",
+    )
     cls_weight: float = Field(1.0, ge=0, description="classification loss")
     min_pool_weight: float = Field(1.0, ge=0, description="SEAM min-pooling loss (only in its code)")
     er_weight: float = Field(1.0, ge=0, description="SEAM equivariant regularisation")
     ecr_weight: float = Field(1.0, ge=0, description="SEAM equivariant cross regularisation")
-    dropout: Fraction = Field(0.5, ge=0, lt=1, description="channel dropout before the CAM layer")
+    dropout: Fraction = Field(0.5, ge=0, lt=1, description="cam, seam: channel dropout before the CAM layer")
+    saliency_weight: float = Field(1.0, ge=0, description="eps, eps_seam: saliency loss of the CAM")
+    saliency_refined_weight: float = Field(1.0, ge=0, description="eps_seam: saliency loss of the refined CAM")
+    saliency_overlap: Fraction = Field(
+        0.4,
+        ge=0,
+        le=1,
+        description="eps, eps_seam: tau, the share of a class's pixels on salient ground above which it is salient",
+    )
+    saliency_fg_weight: Fraction = Field(
+        0.5, ge=0, le=1, description="eps, eps_seam: lambda, weight of the salient classes against the background's"
+    )
+    ecr_keeps: Literal["first_class", "background"] = Field(
+        "first_class",
+        description="eps_seam: the channel that ECR's one-hot leaves alone; the official code means the background and "
+        "takes the first class",
+    )
 
+
+ONE_VIEW = ("cam", "eps")  # without contrast
+SALIENCY = ("eps", "eps_seam")
+_SEAM_FIELDS = {"min_pool_weight", "er_weight", "ecr_weight"}
+_SALIENCY_FIELDS = {"saliency_weight", "saliency_overlap", "saliency_fg_weight"}
+UNREAD_BY_METHOD: dict[str, set[str]] = {
+    "cam": {*_SEAM_FIELDS, *_SALIENCY_FIELDS, "saliency_refined_weight", "ecr_keeps"},
+    "seam": {*_SALIENCY_FIELDS, "saliency_refined_weight", "ecr_keeps"},
+    "eps": {*_SEAM_FIELDS, "saliency_refined_weight", "ecr_keeps", "dropout"},
+    "eps_seam": {"dropout"},
+}
 
 OFFICIAL: dict[str, Any] = {
     "prototype_pixels": "all", "absent_classes": "keep", "bg_prototype_weight": "constant", "map_norm": "minmax",
@@ -246,8 +277,8 @@ class TrialConfig(Section):
             return self.seed
         if section == "contrast" and not self.contrast.active:
             return {"active": False}
-        if section == "views" and not self.contrast.active and self.method.name == "cam":
-            return {"target": False}  # plain CAM looks at the source view alone
+        if section == "views" and not self.contrast.active and self.method.name in ONE_VIEW:
+            return {"target": False}  # it looks at the source view alone
         data = getattr(self, section).model_dump(mode="json")
         if section == "data":
             return {"train_split": data["train_split"]}  # the contents are in the fingerprint
@@ -258,8 +289,8 @@ class TrialConfig(Section):
         unread: set[str] = set()
         if section == "backbone":
             unread.add("weights")  # its sha256 is in the fingerprint
-        elif section == "method" and self.method.name == "cam":
-            unread |= {"min_pool_weight", "er_weight", "ecr_weight"}
+        elif section == "method":
+            unread |= UNREAD_BY_METHOD[self.method.name]
         elif section == "contrast":
             unread.add("preset")
             if self.contrast.negatives != "ranks":
@@ -268,7 +299,7 @@ class TrialConfig(Section):
                 unread |= {"negative_pool", "negative_sample"}
             if self.contrast.hard_pixels != "official":
                 unread.add("hard_pool")
-            if self.method.name == "cam":
+            if self.method.name in ONE_VIEW:
                 unread.add("map_source")  # there is no refined map
         elif section == "seeds":
             # `overlays` decides no number and stays in the key all the same: a finished stage is not run again, so a

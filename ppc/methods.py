@@ -15,14 +15,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ppc.backbones import Normalisation, build_backbone
-from ppc.cam import NormRule
-from ppc.config import ContrastConfig, TrialConfig, ViewsConfig
+from ppc.cam import NormRule, foreground
+from ppc.config import SALIENCY, ContrastConfig, MethodConfig, TrialConfig, ViewsConfig
 from ppc.contrast import View, contrast_losses
 from ppc.dropout import set_dropout_seeds
 from ppc.losses import ViewMaps, classification_loss, seam_losses
 from ppc.mining import pixel_keys
 from ppc.nets import CamNet, CamOutput
 from ppc.prototypes import Workers
+from ppc.saliency import saliency_loss
 from ppc.seeding import derive_seed
 from ppc.views import Warp, draw_warp, resize
 
@@ -40,6 +41,7 @@ class Step:
     warp: Warp
     label_NK: Tensor
     num_images_global: int
+    saliency: tuple[Tensor, Tensor | None] | None = None  # (N,1,H,W) of both views in [0, 1], where the method has them
 
 
 @dataclass(frozen=True)
@@ -48,9 +50,11 @@ class Method:
 
     background: bool
     pcm: bool
+    dropout: bool
     two_views: bool
     merge_rule: NormRule
-    terms: Callable[[Step], dict[str, Tensor]]
+    names: tuple[str, ...]  # of the terms; each has a field method.NAME_weight
+    terms: Callable[[Step, MethodConfig], dict[str, Tensor]]
     class_maps: Callable[[CamOutput, tuple[int, int]], Tensor]  # (N,K,.,.), foreground alone
 
 
@@ -59,7 +63,7 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def cam_terms(step: Step) -> dict[str, Tensor]:
+def cam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
     """Plain CAM: classification of the source view, and of the target view when contrast needs one (METHOD 3)."""
     views = [step.source] if step.target is None else [step.source, step.target]
     losses = [
@@ -69,7 +73,7 @@ def cam_terms(step: Step) -> dict[str, Tensor]:
     return {"cls": torch.stack(losses).mean()}
 
 
-def seam_terms(step: Step) -> dict[str, Tensor]:
+def seam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
     """SEAM (METHOD 4.2), on maps brought to the size of each view's input."""
     assert step.target is not None and step.source.refined is not None and step.target.refined is not None
     source = ViewMaps(*(resize(_wide(x), step.source_size) for x in (step.source.cam, step.source.refined)))
@@ -86,6 +90,64 @@ def seam_terms(step: Step) -> dict[str, Tensor]:
     )
 
 
+def eps_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
+    """EPS (METHOD 5): classification and saliency of the source view, and of the target view when contrast has one."""
+    sources = [view for view in (step.source, step.target) if view is not None]
+    losses = [
+        classification_loss(
+            foreground(_wide(view.cam)).mean((2, 3)), step.label_NK, num_images_global=step.num_images_global
+        )
+        for view in sources
+    ]
+    return {"cls": torch.stack(losses).mean(), "saliency": _saliency(step, cfg, [view.cam for view in sources])}
+
+
+def eps_seam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
+    """EPS with SEAM's terms at the size of the features, as PPC-EPS has them (METHOD 7)."""
+    assert step.target is not None and step.source.refined is not None and step.target.refined is not None
+    source = ViewMaps(_wide(step.source.cam), _wide(step.source.refined))
+    target = ViewMaps(_wide(step.target.cam), _wide(step.target.refined))
+    h, w = target.cam_NCHW.shape[2:]
+    keep = BG if cfg.ecr_keeps == "background" else BG + 1
+    return {
+        **seam_losses(
+            source,
+            target,
+            step.label_NK,
+            to_target=lambda x: step.warp.apply(resize(x, (h, w))),
+            bg_channel=BG,
+            keep_channel=keep,
+            num_images_global=step.num_images_global,
+            valid_Nhw=step.warp.grid_valid(h, w, like=target.cam_NCHW),
+        ),
+        "saliency": _saliency(step, cfg, [source.cam_NCHW, target.cam_NCHW]),
+        "saliency_refined": _saliency(step, cfg, [source.refined_NCHW, target.refined_NCHW]),
+    }
+
+
+def _saliency(step: Step, cfg: MethodConfig, maps: list[Tensor]) -> Tensor:
+    """Mean of the saliency losses of the views' maps; the target's is over what the warp left in sight."""
+    assert step.saliency is not None
+    losses = []
+    for index, map_NChw in enumerate(maps):
+        saliency = step.saliency[index]
+        assert saliency is not None
+        h, w = map_NChw.shape[2:]
+        losses.append(
+            saliency_loss(
+                _wide(map_NChw),
+                saliency,
+                step.label_NK,
+                overlap_from=cfg.saliency_overlap,
+                fg_weight=cfg.saliency_fg_weight,
+                bg_channel=BG,
+                num_images_global=step.num_images_global,
+                valid_Nhw=step.warp.grid_valid(h, w, like=_wide(map_NChw)) if index else None,
+            )
+        )
+    return torch.stack(losses).mean()
+
+
 def _cam_maps(out: CamOutput, size: tuple[int, int]) -> Tensor:
     return F.relu(out.cam)
 
@@ -95,19 +157,34 @@ def _seam_maps(out: CamOutput, size: tuple[int, int]) -> Tensor:
     return resize(out.refined[:, 1:], size)
 
 
+def _eps_maps(out: CamOutput, size: tuple[int, int]) -> Tensor:
+    return out.cam.float().softmax(dim=1)[:, 1:]
+
+
 METHODS: dict[str, Method] = {
     "cam": Method(
-        background=False, pcm=False, two_views=False, merge_rule="max", terms=cam_terms, class_maps=_cam_maps
+        background=False, pcm=False, dropout=True, two_views=False, merge_rule="max", names=("cls",), terms=cam_terms,
+        class_maps=_cam_maps,
     ),
     "seam": Method(
-        background=True, pcm=True, two_views=True, merge_rule="minmax", terms=seam_terms, class_maps=_seam_maps
+        background=True, pcm=True, dropout=True, two_views=True, merge_rule="minmax",
+        names=("cls", "min_pool", "er", "ecr"), terms=seam_terms, class_maps=_seam_maps,
     ),
-}
+    "eps": Method(
+        background=True, pcm=False, dropout=False, two_views=False, merge_rule="max", names=("cls", "saliency"),
+        terms=eps_terms, class_maps=_eps_maps,
+    ),
+    "eps_seam": Method(
+        background=True, pcm=True, dropout=False, two_views=True, merge_rule="max",
+        names=("cls", "min_pool", "er", "ecr", "saliency", "saliency_refined"), terms=eps_seam_terms,
+        class_maps=_eps_maps,
+    ),
+}  # fmt: skip
 
 
 def journal_metrics(cfg: TrialConfig) -> list[str]:
     """Names of the losses that the journal of a trial's training has at every step."""
-    own = ["cls"] if cfg.method.name == "cam" else ["cls", "min_pool", "er", "ecr"]
+    own = METHODS[cfg.method.name].names
     contrast = CONTRAST_TERMS if cfg.contrast.active else ()
     return [f"train/{name}" for name in ("loss", *own, *contrast)]
 
@@ -128,7 +205,7 @@ def build_net(cfg: TrialConfig, num_fg: int, *, pretrained: bool) -> CamNet:
         background=method.background,
         pcm=method.pcm,
         projector_dim=cfg.contrast.projector_dim if cfg.contrast.active else 0,
-        dropout=cfg.method.dropout,
+        dropout=cfg.method.dropout if method.dropout else 0.0,
         seed=derive_seed("head", cfg.seed),
     )
 
@@ -157,14 +234,21 @@ class Losses:
         set_dropout_seeds(net, [derive_seed(s, "source") for s in seeds])
         source = net(image)
         target, warp, size = None, Warp(None, None), tuple(image.shape[2:])
+        saliency: tuple[Tensor, Tensor | None] | None = None
+        if cfg.method.name in SALIENCY:
+            saliency = (batch["saliency_N1HW"].to(device, non_blocking=True), None)
         if method.two_views or cfg.contrast.active:
             image_t, warp = target_view(image, seeds, cfg.views)
             size = tuple(image_t.shape[2:])
             set_dropout_seeds(net, [derive_seed(s, "target") for s in seeds])
             target = net(image_t)
-        made = Step(source, target, tuple(image.shape[2:]), size, warp, label_NK, len(image) * self.num_workers)
+            if saliency is not None:
+                saliency = (saliency[0], warp.apply(resize(saliency[0], size)))
+        made = Step(
+            source, target, tuple(image.shape[2:]), size, warp, label_NK, len(image) * self.num_workers, saliency
+        )
         with torch.autocast(device.type, enabled=False):
-            terms = method.terms(made)
+            terms = method.terms(made, cfg.method)
             weights = {name: getattr(cfg.method, f"{name}_weight") for name in terms}
             if cfg.contrast.active:
                 terms |= contrast_terms_of(made, cfg.contrast, cfg.seed, step, self.workers, self.num_workers)
@@ -202,7 +286,7 @@ def contrast_terms_of(
     views = []
     for name, out in (("source", made.source), ("target", made.target)):
         assert out.projected is not None
-        projected, maps = _wide(out.projected), _wide(_contrast_map(out, cfg))
+        projected, maps = _wide(out.projected), _wide(_contrast_map(out, cfg, C))
         if name == "source":
             projected, maps = (made.warp.apply(resize(x, (h, w))) for x in (projected, maps))
         generator = torch.Generator().manual_seed(derive_seed("contrast", seed, step, name))
@@ -245,9 +329,9 @@ def contrast_terms_of(
     )
 
 
-def _contrast_map(out: CamOutput, cfg: ContrastConfig) -> Tensor:
+def _contrast_map(out: CamOutput, cfg: ContrastConfig, num_channels: int) -> Tensor:
     """The map that labels and weighs pixels, with a background channel (which the contrast overwrites)."""
     if cfg.map_source == "refined" and out.refined is not None:
         return out.refined.detach()
     cam = out.cam.detach()
-    return cam if out.refined is not None else torch.cat([torch.zeros_like(cam[:, :1]), cam], dim=1)
+    return cam if cam.shape[1] == num_channels else torch.cat([torch.zeros_like(cam[:, :1]), cam], dim=1)

@@ -17,7 +17,7 @@ from typing import Any
 
 from ppc.artifacts import Storage, TrialDir, content_key, file_sha256, now_ms, write_json
 from ppc.backbones import BACKBONES, backbone_problem, build_backbone
-from ppc.config import DataConfig, TrialConfig
+from ppc.config import SALIENCY, DataConfig, TrialConfig
 from ppc.crf import PRESETS
 from ppc.data import VocLayout, open_dataset
 from ppc.data.check import fingerprint
@@ -88,7 +88,10 @@ class Planner:
         problems += self._weights_problems(cfg)
         if problems:
             raise ValueError("\n".join(problems))
-        splits = {split: self._split_print(dataset, data_key, split) for split in data_splits(cfg)}
+        with_saliency = [cfg.data.train_split] if cfg.method.name in SALIENCY else []
+        splits = {
+            split: self._split_print(dataset, data_key, split, split in with_saliency) for split in data_splits(cfg)
+        }
         prints = dict(splits)
         backbone = cfg.backbone
         if backbone.weights is not None:
@@ -126,11 +129,12 @@ class Planner:
                 self._misfits[tried] = [f"backbone.weights: for backbone.name {backbone.name}: {error}"]
         return self._misfits[tried]
 
-    def _split_print(self, dataset: VocLayout, data_key: str, split: str) -> str:
-        if (data_key, split) not in self._prints:
+    def _split_print(self, dataset: VocLayout, data_key: str, split: str, with_saliency: bool) -> str:
+        what = (data_key, split, with_saliency)
+        if what not in self._prints:
             masks = dataset.has_masks(split)
-            self._prints[data_key, split] = fingerprint(dataset, [split], with_masks=masks, with_saliency=False)
-        return self._prints[data_key, split]
+            self._prints[what] = fingerprint(dataset, [split], with_masks=masks, with_saliency=with_saliency)
+        return self._prints[what]
 
 
 def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
@@ -177,6 +181,8 @@ def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]
     if absent:
         return
     images = len(dataset.ids(cfg.data.train_split))
+    if cfg.method.name in SALIENCY and not dataset.has_saliency:
+        yield "method.name", f"{cfg.method.name} needs saliency maps: a folder SALImages in {dataset.root}"
     if "train_cam" in cfg.stages and cfg.train.batch_size > images:
         yield "train.batch_size", f"{cfg.train.batch_size} is more than the {images} images of {cfg.data.train_split}"
     judge = {"best_on_train": cfg.data.train_split, "val_subset": seeds.val_subset_split}.get(seeds.protocol)

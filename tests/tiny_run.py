@@ -49,7 +49,11 @@ def formula_batch(num_images: int = 4, num_fg: int = 3, size: int = 48, shift: f
     image = torch.sin(0.13 * (n + 1) * x + 0.07 * (c + 2) * y + 0.9 * n + shift) + torch.cos(0.21 * x * (c + 1) - y / 3)
     classes = torch.arange(num_fg)[None]
     label = ((classes + torch.arange(num_images)[:, None]) % max(2, num_fg - 1) == 0).float()
-    return {"image_N3HW": image.float(), "label_NK": label, "sample_seed_N": torch.arange(num_images) + 17}
+    saliency = (image.mean(dim=1, keepdim=True) / 2 + 0.5).clamp(0, 1)
+    return {
+        "image_N3HW": image.float(), "label_NK": label, "sample_seed_N": torch.arange(num_images) + 17,
+        "saliency_N1HW": saliency.float(),
+    }  # fmt: skip
 
 
 def curve(folder: StageDir) -> list[tuple[int, dict[str, float]]]:

@@ -13,7 +13,7 @@ import torch
 
 from ppc.artifacts import StageDir, read_json, write_json
 from ppc.backbones import Normalisation
-from ppc.config import TrialConfig
+from ppc.config import SALIENCY, TrialConfig
 from ppc.data import VocLayout
 from ppc.data.loader import CamLoader, CamTrainSet
 from ppc.methods import Losses, build_net, net_normalisation
@@ -86,6 +86,7 @@ def make_job(cfg: TrialConfig, dataset: VocLayout, device: torch.device) -> tupl
         color_jitter=cfg.train.color_jitter,
         normalise=net_normalisation(net).apply,
         seed=cfg.seed,
+        with_saliency=cfg.method.name in SALIENCY,
     )
     loader = CamLoader(
         samples,
