@@ -23,7 +23,7 @@ pytestmark = [
 ]  # fmt: skip
 AGAIN_S = 90.0  # from the loss of a host to the next epoch of its trial
 FAILED_S = 90.0  # from the loss of a host without which there is no room, to FAILED; waits for resources 10 s
-SLOW_S = 150.0
+SLOW_S = 400.0
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -29,7 +30,7 @@ TRIALS, SEED = int(os.environ.get("SOAK_TRIALS", "60")), int(os.environ.get("SOA
 MARK = "PPC_SOAK"  # in the environment of all that a launch starts
 KILLED_LAUNCHES = 4  # then the launch itself is spared, and lives long enough to see what it gathers
 MAX_LAUNCHES = 40
-GROWTH = 24  # files that a process may have open more at the end than at its first kill
+GROWTH = 8  # files more that a process may have open in the last third of the samples than in the first, by medians
 STUDY: dict[str, Any] = {"k": [0, 2, 4, 8, 16, 32], "seeds": list(range(TRIALS // 6))}
 
 
@@ -57,8 +58,13 @@ def victims(mark: str) -> dict[str, list[psutil.Process]]:
 
 
 def open_files(launch: psutil.Process, mark: str) -> dict[str, int]:
-    """How many files the processes have open that live as long as the launch, once all of them are there."""
+    """How many files the processes have open that live as long as the launch, once trials are at work.
+
+    Before there is a worker a raylet has some twenty files less: what comes with the workers is no growth.
+    """
     pids = {launch.pid: "launch"}
+    if not victims(mark):
+        return {}
     for process in marked(mark):
         if (name := process.name()) in ("raylet", "gcs_server"):
             pids[process.pid] = name
@@ -131,9 +137,13 @@ def test_trials_killed_at_random_end_like_undisturbed_ones(tmp_path: Path) -> No
             assert_every_point_once(rough, run, row)
     _, alive = psutil.wait_procs(list(marked(mark)), timeout=60)
     assert not alive, [process.cmdline() for process in alive]
-    assert len(longest) > 5, "no launch lived long enough to look at its files"
-    grown = {name: longest[-1][name] - longest[0][name] for name in longest[0]}
-    assert all(more <= GROWTH for more in grown.values()), grown
+    assert len(longest) >= 15, "no launch lived long enough to look at its files"
+    third = len(longest) // 3
+    first, last = (
+        {name: median(sample[name] for sample in part) for name in longest[0]}
+        for part in (longest[:third], longest[-third:])
+    )
+    assert all(last[name] - first[name] <= GROWTH for name in first), (first, last)
 
 
 def client(storage: Storage) -> Any:
