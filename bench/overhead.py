@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from ppc.artifacts import Storage, read_journal
-from ppc.config import DesignConfig, StudyConfig, TrialConfig, Variant
+from ppc.config import TrialConfig
 from ppc.launch import define, save
 from ppc.ledger import read_rows
 from ppc.loading import load_trial
@@ -28,7 +28,9 @@ from ppc.optim import poly_lr, set_lr
 from ppc.ray_study import cluster, run_rows
 from ppc.runtime import prepare_process
 from ppc.stages.train_cam import make_job
+from ppc.stages.training import Payload
 from ppc.study import TrialSpec
+from ppc.study_config import DesignConfig, StudyConfig, Variant
 from ppc.trial import open_data, prepare_data
 
 FILE = Path(__file__).resolve().parent.parent / "experiments" / "scenes_seam_ppc.yaml"
@@ -49,7 +51,7 @@ def bare(cfg: TrialConfig, storage: Storage) -> Row:
     """The training in a loop of its own: no journal, no checkpoint, no other process."""
     prepare_process(cfg.runtime.cpus_per_worker)
     start = time.perf_counter()
-    job, _ = make_job(cfg, open_data(cfg.data, storage), CPU)
+    job = make_job(Payload(cfg, storage.stage("train_cam", "bare"), {}, open_data(cfg.data, storage), make_job), CPU)
     job.net.train()
     ends = []
     for step, batch in enumerate(job.batches(0)):

@@ -6,8 +6,8 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from ppc.config import AxisRange, DesignConfig
 from ppc.schema import Problem, admits, check_path, fields, origin_of
+from ppc.study_config import AxisRange, DesignConfig
 
 
 def check_change(path: str, value: Any, where: str) -> Problem | None:

@@ -20,6 +20,7 @@ from ppc.artifacts import now_ms
 from ppc.config import DataConfig, TrialConfig
 from ppc.loading import validate_trial
 from ppc.schema import fields, model_in, show
+from ppc.stages import WEIGHTS
 from ppc.trial import Planner, data_name
 
 SHOWN = 6  # names of trials in a list
@@ -91,9 +92,11 @@ def _fact_changes(before: Entry, after: Entry) -> Iterator[str]:
         if was["fingerprint"] != now["fingerprint"]:
             images = f"{was['images']} -> {now['images']}" if was["images"] != now["images"] else now["images"]
             yield f"data {split} of {place}: {images} images, contents changed"
-    if old["weights"] and new["weights"] and old["weights"] != new["weights"]:
-        path = after["config"]["backbone"]["weights"]
-        yield f"weights {path}: sha256 {old['weights'][:DIGITS]}… -> {new['weights'][:DIGITS]}…"
+    for name in (name for name in new if name.endswith(WEIGHTS)):  # `weights` of the CAM net, `psa.weights`
+        if old.get(name) and new[name] and old[name] != new[name]:
+            net = name.removesuffix(WEIGHTS).rstrip(".")
+            section = after["config"][net] if net else after["config"]
+            yield (f"weights {section['backbone']['weights']}: sha256 {old[name][:DIGITS]}… -> {new[name][:DIGITS]}…")
 
 
 def entry_changes(before: Entry, after: Entry) -> list[str]:

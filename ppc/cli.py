@@ -83,10 +83,10 @@ def run(
 ) -> None:
     """Run one trial: a study of one row."""
     refuse_job_server(address, "ppc submit FILE")
-    from ppc.config import DesignConfig, StudyConfig, Variant
     from ppc.launch import Where, define
     from ppc.loading import load_trial
     from ppc.study import TrialSpec
+    from ppc.study_config import DesignConfig, StudyConfig, Variant
 
     trial = load_trial(config, overrides=sets, shrink=tiny)
     name = f"run-{config.stem}" + ("-tiny" if tiny else "")

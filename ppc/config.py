@@ -1,4 +1,4 @@
-"""Every field of a trial and of a study, once: type, unit, default and source.
+"""Every field of a trial, once: type, unit, default and source. Those of a study are in `study_config`.
 
 A trial's sections fall in two kinds. `runtime` says how a trial is run (workers, GPUs, threads) and never decides a
 number; it is left out of every content key. All other sections decide numbers and are part of the keys.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Fraction = float
-STAGE_NAMES = ("train_cam", "make_seeds", "refine_crf", "evaluate")
+DEFAULT_STAGES = ("train_cam", "make_seeds", "refine_crf", "evaluate")
+SAME = "same"
 
 
 class Section(BaseModel):
@@ -172,16 +173,12 @@ class ViewsConfig(Section):
     translate_px: int = Field(0, ge=0, description="shift drawn from [-t, t] on both axes, pixels of the target view")
 
 
-class TrainConfig(Section):
-    """Optimisation of the CAM net (METHOD 1.2)."""
+class OptimConfig(Section):
+    """How a net is trained (METHOD 1.2)."""
 
     epochs: int = Field(8, ge=1)
     batch_size: int = Field(8, ge=1, description="images of the global batch, over all workers")
     crop_px: int = Field(448, ge=32)
-    resize_long_px: tuple[int, int] = Field(
-        (448, 768), description="range of the long side, pixels, both ends included"
-    )
-    color_jitter: bool = True
     learning_rate: float = Field(0.01, gt=0, description="of backbone weights; new layers 10 times, biases twice")
     new_layer_lr_mult: float = Field(10.0, gt=0)
     bias_lr_mult: float = Field(2.0, gt=0)
@@ -198,6 +195,15 @@ class TrainConfig(Section):
         if value != "official" and not 0 <= value < 1:
             raise ValueError("momentum is `official` or a number in [0, 1)")
         return value
+
+
+class TrainConfig(OptimConfig):
+    """Training of the CAM net (METHOD 1.2)."""
+
+    resize_long_px: tuple[int, int] = Field(
+        (448, 768), description="range of the long side, pixels, both ends included"
+    )
+    color_jitter: bool = True
 
     @field_validator("resize_long_px")
     @classmethod
@@ -244,6 +250,40 @@ class CrfConfig(Section):
     )
 
 
+class OwnBackbone(BackboneConfig):
+    """The feature extractor of a net that is not the CAM net."""
+
+    name: str = Field(SAME, description="a name of BACKBONES, or timm:MODEL; same: all of section `backbone`")
+
+
+class PsaConfig(Section):
+    """PSA: affinity labels, AffinityNet, and the random walk over its affinities (METHOD 8)."""
+
+    backbone: OwnBackbone = Field(default_factory=OwnBackbone)
+    train: OptimConfig = Field(default_factory=OptimConfig)
+
+
+class IrnConfig(Section):
+    """IRN: labels between classes, IRNet, and the random walk over its boundaries (METHOD 10)."""
+
+    backbone: OwnBackbone = Field(default_factory=OwnBackbone)
+    train: OptimConfig = Field(default_factory=OptimConfig)
+
+
+class SegTestConfig(Section):
+    """Prediction of the segmentation net (METHOD 11)."""
+
+    splits: tuple[str, ...] = Field(("val",), min_length=1, description="splits that are predicted")
+
+
+class SegmentationConfig(Section):
+    """The segmentation net, trained on pseudo masks (METHOD 11)."""
+
+    backbone: OwnBackbone = Field(default_factory=OwnBackbone)
+    train: OptimConfig = Field(default_factory=OptimConfig)
+    test: SegTestConfig = Field(default_factory=SegTestConfig)
+
+
 class RuntimeConfig(Section):
     """How a trial is run. Never part of a key: numbers depend on it to rounding alone."""
 
@@ -261,11 +301,14 @@ class RuntimeConfig(Section):
     resource_wait_s: float = Field(60, ge=0, description="how long a trial waits for resources the cluster has not got")
 
 
+LATER = {"psa": "walk", "irn": "walk", "segmentation": "test"}  # of a net's section: what its training does not look at
+
+
 class TrialConfig(Section):
     """One configuration with one seed: everything that decides a result, and how to run it."""
 
     seed: int = Field(0, ge=0, description="seed of initialisation, order, augmentation, dropout and draws")
-    stages: tuple[str, ...] = Field(STAGE_NAMES, min_length=1, description="stages in order")
+    stages: tuple[str, ...] = Field(DEFAULT_STAGES, min_length=1, description="stages in order")
     data: DataConfig = Field(default_factory=DataConfig)
     backbone: BackboneConfig = Field(default_factory=BackboneConfig)
     method: MethodConfig = Field(default_factory=MethodConfig)
@@ -274,12 +317,33 @@ class TrialConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     seeds: SeedsConfig = Field(default_factory=SeedsConfig)
     crf: CrfConfig = Field(default_factory=CrfConfig)
+    psa: PsaConfig = Field(default_factory=PsaConfig)
+    irn: IrnConfig = Field(default_factory=IrnConfig)
+    segmentation: SegmentationConfig = Field(default_factory=SegmentationConfig)
     runtime: RuntimeConfig = Field(default_factory=RuntimeConfig)
 
+    def backbone_of(self, net: str) -> BackboneConfig:
+        """The backbone of a net's section: `backbone` itself is the CAM net's, and that of all that say `same`."""
+        own: BackboneConfig = self.backbone if net == "backbone" else getattr(self, net).backbone
+        return self.backbone if own.name == SAME else own
+
     def decisive(self, section: str) -> Any:
-        """What of a section decides results, as plain data; the rest of the config does not enter a key."""
+        """What of a section decides results, as plain data; the rest of the config does not enter a key.
+
+        A section of a net (`psa`) is what decides the trained net: what is done with it later is a section of its own
+        (`psa.walk`).
+        """
         if section == "seed":
             return self.seed
+        if section == "evaluate":
+            return {"absent_classes": self.seeds.absent_classes}
+        if section in LATER:
+            skipped = {"backbone", LATER[section]} | self._unread(section)
+            backbone = self.backbone_of(section).model_dump(mode="json", exclude={"weights"})  # see `weights_name`
+            return {**getattr(self, section).model_dump(mode="json", exclude=skipped), "backbone": backbone}
+        if "." in section:
+            net, later = section.split(".")
+            return getattr(getattr(self, net), later).model_dump(mode="json", exclude=self._unread(section))
         if section == "contrast" and not self.contrast.active:
             return {"active": False}
         if section == "views" and not self.contrast.active and self.method.name in ONE_VIEW:
@@ -293,7 +357,9 @@ class TrialConfig(Section):
     def _unread(self, section: str) -> set[str]:
         """Fields of a section that the rules chosen here never look at: trials that differ in them alone are one."""
         unread: set[str] = set()
-        if section == "backbone":
+        if section in LATER:
+            unread.add("preset")
+        elif section == "backbone":
             unread.add("weights")  # its sha256 is in the fingerprint
         elif section == "method":
             unread |= UNREAD_BY_METHOD[self.method.name]
@@ -315,100 +381,3 @@ class TrialConfig(Section):
             if self.seeds.protocol != "val_subset":
                 unread |= {"val_subset_split", "val_subset_images"}
         return unread
-
-
-class Variant(Section):
-    """A named row of a `list`, `ladder` or `leave_one_out` design."""
-
-    name: str = Field(min_length=1)
-    set: dict[str, Any] = Field(default_factory=dict, description="dotted field -> value")
-
-
-class AxisRange(Section):
-    """All numbers from low to high, both included; whole ones where the field is a whole number."""
-
-    low: int | float
-    high: int | float
-    log: bool = Field(False, description="drawn on a logarithmic scale")
-    step: int | float | None = Field(None, gt=0, description="distance of the values; null: 1, or any number")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> AxisRange:
-        if self.low >= self.high:
-            raise ValueError(f"low should be below high, got {self.low} and {self.high}")
-        if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError("a log range should have low above 0 and no step")
-        steps = (self.high - self.low) / (self.step or 1)
-        if self.step is not None and abs(steps - round(steps)) > 1e-8:
-            raise ValueError(f"high should be some steps of {self.step} above low {self.low}, got {self.high}")
-        return self
-
-
-def _axis_kind(value: Any) -> str:
-    meant = isinstance(value, AxisRange) or (isinstance(value, dict) and bool({"low", "high"} & value.keys()))
-    return "range" if meant else "values"
-
-
-Axis = Annotated[
-    Annotated[list[Any], Tag("values")] | Annotated[AxisRange, Tag("range")],
-    Discriminator(_axis_kind),
-]
-
-
-class SearchConfig(Section):
-    """Variants that a sampler proposes, a batch at a time, from the results of the batches before (Optuna)."""
-
-    num_variants: int = Field(ge=1, description="proposals in all, beside the base")
-    batch: int = Field(4, ge=1, description="proposals a round; a round starts when all trials before it have ended")
-    sampler: Literal["tpe", "random"] = Field("tpe", description="tpe draws at random until it has 10 results")
-    sampler_seed: int = Field(0, ge=0, description="seed of the proposals; not the trials' seed")
-    direction: Literal["maximize", "minimize"] = Field("maximize", description="whether the study's metric should grow")
-
-
-class DesignConfig(Section):
-    """How a study's variants come from its base trial."""
-
-    kind: Literal["grid", "one_factor", "leave_one_out", "ladder", "list", "search"]
-    axes: dict[str, Axis] = Field(
-        default_factory=dict, description="grid, one_factor, search: dotted field -> values; search: or a range"
-    )
-    search: SearchConfig | None = Field(None, description="search: how many variants, and who proposes them")
-    variants: list[Variant] = Field(
-        default_factory=list, description="list, ladder (steps), leave_one_out (components)"
-    )
-    exclude: list[dict[str, Any]] = Field(default_factory=list, description="variants whose fields match are left out")
-    baseline: str | dict[str, Any] | None = Field(
-        None, description="the variant others are compared with: its name, or the fields that pick it"
-    )
-
-
-class EarlyStopping(Section):
-    """Stop trials that train worse than others did at the same epoch (asynchronous successive halving, ASHA)."""
-
-    metric: str = Field(
-        "train/cls",
-        pattern="^train/",
-        description="what is compared: a loss in the journal of the training, its mean over an epoch",
-    )
-    mode: Literal["min", "max"] = Field("min", description="whether a low or a high value is good")
-    min_epochs: int = Field(1, ge=1, description="epochs that every trial gets; the first comparison is after them")
-    reduction_factor: float = Field(
-        3.0,
-        gt=1,
-        description="at min_epochs times its powers, a trial goes on that is among the best 1/reduction_factor of "
-        "those seen there. The baseline and one seed of every other variant are never stopped: each row keeps a number",
-    )
-
-
-class StudyConfig(Section):
-    """Variants x seeds: one ablation table."""
-
-    name: str = Field(max_length=180, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    note: str = ""
-    base: dict[str, Any] = Field(default_factory=dict, description="fields of TrialConfig that all trials share")
-    design: DesignConfig
-    trial_seeds: list[int] = Field(default=[0], min_length=1, description="seeds of every variant")
-    metric: str = Field("mask_miou_train", description="the metric that decides")
-    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as fit the cluster")
-    early_stopping: EarlyStopping | None = Field(None, description="null: every trial trains to its last epoch")
-    tiny: dict[str, Any] = Field(default_factory=dict, description="dotted fields that --tiny sets beside its own")

@@ -21,7 +21,6 @@ from rich.console import Console
 
 from ppc import __version__, changes, local_study
 from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
-from ppc.config import EarlyStopping, StudyConfig
 from ppc.faults import StorageError
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
@@ -32,6 +31,7 @@ from ppc.resources import change_runtime
 from ppc.search import Search, next_round, start
 from ppc.stopping import metric_problem, must_run, no_effect
 from ppc.study import BASE, TrialSpec
+from ppc.study_config import EarlyStopping, StudyConfig
 from ppc.sync_loop import SyncLoop
 from ppc.tracking import make_tracker
 from ppc.trial import Planner, data_name, nearest

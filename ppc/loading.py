@@ -17,8 +17,9 @@ from ruamel.yaml.constructor import SafeConstructor
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
-from ppc.config import StudyConfig, TrialConfig
+from ppc.config import TrialConfig
 from ppc.schema import ConfigError, Problem, Raw, check_path, problems_of, validate
+from ppc.study_config import StudyConfig
 
 Override = str | tuple[str, Any]
 Kept = Mapping[str, Collection[Any]]

@@ -20,9 +20,9 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from ppc.artifacts import StageDir, Storage
-from ppc.config import EarlyStopping
 from ppc.ledger import TrialRow, stage_dirs
 from ppc.stopping import EpochReader, Keepers
+from ppc.study_config import EarlyStopping
 
 
 @dataclass(frozen=True)

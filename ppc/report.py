@@ -77,7 +77,7 @@ def is_iou(metric: str) -> bool:
 
 def metric_split(metric: str) -> str | None:
     """The split that a metric is measured on; None for a metric of none, such as bg_score."""
-    found = re.fullmatch(r"(?:seed|mask)_miou_(.+)", metric)
+    found = re.fullmatch(r"[a-z_]+?_miou_(.+)", metric)
     return found[1] if found else None
 
 

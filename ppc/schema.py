@@ -14,7 +14,8 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
-from ppc.config import StudyConfig, TrialConfig
+from ppc.config import TrialConfig
+from ppc.study_config import StudyConfig
 
 Model = type[BaseModel]
 M = TypeVar("M", bound=BaseModel)

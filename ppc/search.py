@@ -16,12 +16,13 @@ from typing import Any
 
 from ppc.artifacts import content_key
 from ppc.axes import is_whole
-from ppc.config import AxisRange, DesignConfig, StudyConfig, TrialConfig
+from ppc.config import TrialConfig
 from ppc.ledger import FAILED, FINISHED, TrialRow
 from ppc.schema import Raw
 from ppc.seeding import derive_seed
 from ppc.stages import plan_stages
 from ppc.study import TrialSpec, proposed, value_at
+from ppc.study_config import AxisRange, DesignConfig, StudyConfig
 from ppc.trial import check_trial
 
 TRIES = 200  # draws for one proposal; most are refused only where nearly all variants are there already

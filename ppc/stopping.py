@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ppc.artifacts import StageDir, read_journal, read_json
-from ppc.config import EarlyStopping, TrialConfig
+from ppc.config import TrialConfig
 from ppc.ledger import FAILED, STOPPED, TrialRow
 from ppc.methods import journal_metrics
+from ppc.study_config import EarlyStopping
 
 
 def epoch_values(points: Iterable[Mapping[str, Any]], metric: str, steps_per_epoch: int) -> Iterator[tuple[int, float]]:

@@ -13,10 +13,11 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from ppc.axes import axis_values, check_axes, check_change, check_search
-from ppc.config import DesignConfig, StudyConfig, TrialConfig, Variant
+from ppc.config import TrialConfig
 from ppc.loading import Override, get, override_all, place
 from ppc.loading import tiny as shrink
 from ppc.schema import ConfigError, Problem, Raw, check_path, fields, origin_of, problems_of, show
+from ppc.study_config import DesignConfig, StudyConfig, Variant
 
 BASE, FULL = "base", "full"
 Check = Callable[[TrialConfig], Iterable[tuple[str, str]]]

@@ -92,6 +92,16 @@ class Job:
     poly_power: float
     precision: str
     ids: Callable[[int, int], Sequence[str]] = _no_ids
+    section: str = "train"  # of the config: error messages name its fields, the journal's metrics begin with its head
+
+    def metric(self, name: str) -> str:
+        """Name of a term in the journal: `train/loss` of the CAM net, `psa/loss` of the net of section psa."""
+        return f"{self.section.partition('.')[0]}/{name}"
+
+    @property
+    def speed(self) -> str:
+        """Name of the steps a second in the journal."""
+        return "speed/steps_per_s" if self.section == "train" else f"speed/{self.metric('steps_per_s')}"
 
 
 def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device) -> None:
@@ -156,10 +166,8 @@ def _epoch(
             spent_s = time.monotonic() - window_start
             if journal:
                 lr = job.optimizer.param_groups[0]["lr"]
-                journal.write(
-                    step + 1,
-                    {**metrics, "train/lr": lr, "train/epoch": epoch, "speed/steps_per_s": len(window) / spent_s},
-                )
+                rest = {job.metric("lr"): lr, job.metric("epoch"): epoch, job.speed: len(window) / spent_s}
+                journal.write(step + 1, {**metrics, **rest})
             window, window_start = [], time.monotonic()
         if rank() == 0:
             progress.update(step + 1, epoch=epoch + 1, epochs=job.epochs)
@@ -188,11 +196,15 @@ def _window_means(
             at = index + 1 - len(window) + place
             listed = ", ".join(f"{name} {value:.6g}" for name, value in zip(names, values, strict=True))
             raise ValueError(
-                f"{_step(job, epoch, at)}: {', '.join(bad)} not finite; lower train.learning_rate or raise "
-                f"contrast.temperature\n  terms: {listed}\n{_images(job, epoch, at)}"
+                f"{_step(job, epoch, at)}: {', '.join(bad)} not finite; lower {_remedy(job)}\n"
+                f"  terms: {listed}\n{_images(job, epoch, at)}"
             )
     means = zip(names, means_T.tolist(), strict=True)
-    return {f"train/{name}": value for name, value in means if name != GRADIENT}, bool(asked.item())
+    return {job.metric(name): value for name, value in means if name != GRADIENT}, bool(asked.item())
+
+
+def _remedy(job: Job) -> str:
+    return f"{job.section}.learning_rate" + (" or raise contrast.temperature" if job.section == "train" else "")
 
 
 def _step(job: Job, epoch: int, index: int) -> str:
@@ -218,7 +230,8 @@ def _memory_told(job: Job, epoch: int, index: int, batch: Batch) -> Iterator[Non
         raise torch.OutOfMemoryError(
             f"{_step(job, epoch, index)}: out of memory with {size} in each of {world_size()} worker(s). Gradients "
             "do not depend on runtime.workers or runtime.gpus_per_worker: with others it stays the same trial and goes "
-            "on from its checkpoint; a smaller train.crop_px (the size above) or train.batch_size makes another"
+            f"on from its checkpoint; a smaller {job.section}.crop_px (the size above) or {job.section}.batch_size "
+            "makes another"
             f"\n{_images(job, epoch, index)}\n  {error}"
         ) from error
 
@@ -235,7 +248,7 @@ def _check_weights(job: Job, epoch: int) -> None:
         index = job.steps_per_epoch - 1
         raise ValueError(
             f"{_step(job, epoch, index)}: {len(names)} weight(s) not finite after it, the first is {names[0]}; "
-            f"lower train.learning_rate\n{_images(job, epoch, index)}"
+            f"lower {job.section}.learning_rate\n{_images(job, epoch, index)}"
         )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 from ppc.artifacts import Storage, TrialDir, content_key, file_sha256, now_ms, write_json
 from ppc.backbones import BACKBONES, backbone_problem, build_backbone
 from ppc.broken import leave_out_broken, skipped
-from ppc.config import SALIENCY, DataConfig, TrialConfig
+from ppc.config import SALIENCY, SAME, DataConfig, OptimConfig, OwnBackbone, TrialConfig
 from ppc.crf import PRESETS
 from ppc.data import DataError, VocLayout, open_dataset
 from ppc.data.check import fingerprint
@@ -27,7 +27,19 @@ from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, 
 from ppc.places import remove
 from ppc.redact import without_secrets
 from ppc.runtime import Runtime, remedy
-from ppc.stages import STAGES, WEIGHTS, inputs_of, plan_stages, run_stage, seed_splits, versions_of
+from ppc.stages import (
+    NETS,
+    OPTIM,
+    STAGES,
+    WEIGHTS,
+    inputs_of,
+    plan_stages,
+    run_stage,
+    seed_splits,
+    versions_of,
+    weights_name,
+)
+from ppc.stages.products import products_of, splits_of
 from ppc.train import TrainingStopped
 
 
@@ -54,7 +66,9 @@ class TrialPlan:
 
 def data_splits(cfg: TrialConfig) -> list[str]:
     """Splits that a trial touches, in a fixed order."""
-    return list(dict.fromkeys([cfg.data.train_split, *seed_splits(cfg)]))
+    seeded = seed_splits(cfg) if "make_seeds" in cfg.stages else []
+    predicted = cfg.segmentation.test.splits if "predict_seg" in cfg.stages else ()
+    return list(dict.fromkeys([cfg.data.train_split, *seeded, *predicted]))
 
 
 def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, VocLayout]:
@@ -75,6 +89,30 @@ def data_name(data: DataConfig) -> str:
     return data.root or f"scenes-{content_key(data.scenes.model_dump())[:8]}"
 
 
+def nets_of(cfg: TrialConfig) -> list[str]:
+    """The nets that a trial trains, as `TrialConfig.backbone_of` knows them."""
+    return [net for stage, net in NETS.items() if stage in cfg.stages]
+
+
+def section_of(cfg: TrialConfig, net: str) -> str:
+    """Dotted name of the section that says what a net's backbone is."""
+    return "backbone" if cfg.backbone_of(net) is cfg.backbone else f"{net}.backbone"
+
+
+def with_weights(cfg: TrialConfig, files: Mapping[str, str]) -> TrialConfig:
+    """A copy whose weight files, by section, are these."""
+    for section, path in files.items():
+        head, _, inner = section.partition(".")
+        changed = getattr(cfg, head)
+        if inner:
+            own = getattr(changed, inner).model_copy(update={"weights": path})
+            changed = changed.model_copy(update={inner: own})
+        else:
+            changed = changed.model_copy(update={"weights": path})
+        cfg = cfg.model_copy(update={head: changed})
+    return cfg
+
+
 class Planner:
     """Plans trials; contents of data and weights are read once."""
 
@@ -83,7 +121,7 @@ class Planner:
         self._data: dict[str, tuple[DataConfig, VocLayout]] = {}
         self._prints: dict[Any, str] = {}
         self._checked: set[tuple[str, str]] = set()
-        self._misfits: dict[tuple[str, int, Path], list[str]] = {}
+        self._misfits: dict[tuple[str, int, Path], str | None] = {}
 
     def plan(self, cfg: TrialConfig) -> TrialPlan:
         """Resolve paths, read contents, give keys. ValueError names the field that is wrong."""
@@ -106,20 +144,15 @@ class Planner:
         splits = {
             split: self._split_print(dataset, data_key, split, split in with_saliency) for split in data_splits(cfg)
         }
-        prints = dict(splits)
-        backbone = cfg.backbone
-        if backbone.weights is not None:
-            path = Path(backbone.weights).expanduser().resolve()
-            if path not in self._prints:
-                self._prints[path] = file_sha256(path)
-            prints[WEIGHTS] = self._prints[path]
-            backbone = backbone.model_copy(update={"weights": str(path)})
-        cfg = cfg.model_copy(update={"data": data, "backbone": backbone})
+        weights, files = self._weights(cfg)
+        cfg = with_weights(cfg, files).model_copy(update={"data": data})
+        prints = {**splits, **weights}
         stages = plan_stages(cfg, prints)
         unseeded = plan_stages(cfg.model_copy(update={"seed": 0}), prints)
         facts = {
             "stages": versions_of(cfg),
-            "weights": prints.get(WEIGHTS),
+            "weights": weights.get(WEIGHTS),
+            **{name: sha for name, sha in weights.items() if name != WEIGHTS},
             "data": {name: {"fingerprint": sha, "images": len(dataset.ids(name))} for name, sha in splits.items()},
         }
         return TrialPlan(
@@ -127,26 +160,43 @@ class Planner:
             metrics_of(cfg, dataset), facts,
         )  # fmt: skip
 
+    def _weights(self, cfg: TrialConfig) -> tuple[dict[str, str], dict[str, str]]:
+        """sha256 of the weight files of a trial's nets by name among the contents, and their paths by section."""
+        prints, files = dict[str, str](), dict[str, str]()
+        for net in nets_of(cfg):
+            if (backbone := cfg.backbone_of(net)).weights is not None:
+                path = Path(backbone.weights).expanduser().resolve()
+                if path not in self._prints:
+                    self._prints[path] = file_sha256(path)
+                prints[weights_name(cfg, net)] = self._prints[path]
+                files[section_of(cfg, net)] = str(path)
+        return prints, files
+
     def _weights_problems(self, cfg: TrialConfig) -> list[str]:
-        """What keeps the weight file from being loaded into the backbone; a file is tried once a backbone."""
-        backbone = cfg.backbone
-        if backbone.weights is None:
-            return []
-        path = Path(backbone.weights).expanduser().resolve()
-        if not path.is_file():
-            return [f"backbone.weights: no file {path}"]
-        if backbone_problem(backbone.name, backbone.output_stride) is not None:
-            return []  # check_trial has told it
-        tried = (backbone.name, backbone.output_stride, path)
-        if tried not in self._misfits:
-            try:
-                build_backbone(
-                    backbone.name, output_stride=backbone.output_stride, weights=path, normalisation="auto", seed=0
-                )
-                self._misfits[tried] = []
-            except (ValueError, OSError) as error:
-                self._misfits[tried] = [f"backbone.weights: for backbone.name {backbone.name}: {error}"]
-        return self._misfits[tried]
+        """What keeps a weight file from being loaded into its backbone; a file is tried once a backbone."""
+        problems = []
+        for net in nets_of(cfg):
+            backbone, section = cfg.backbone_of(net), section_of(cfg, net)
+            if backbone.weights is None:
+                continue
+            path = Path(backbone.weights).expanduser().resolve()
+            if not path.is_file():
+                problems.append(f"{section}.weights: no file {path}")
+                continue
+            if backbone_problem(backbone.name, backbone.output_stride) is not None:
+                continue  # check_trial has told it
+            tried = (backbone.name, backbone.output_stride, path)
+            if tried not in self._misfits:
+                try:
+                    build_backbone(
+                        backbone.name, output_stride=backbone.output_stride, weights=path, normalisation="auto", seed=0
+                    )
+                    self._misfits[tried] = None
+                except (ValueError, OSError) as error:
+                    self._misfits[tried] = f"for {{}}.name {backbone.name}: {error}"
+            if (found := self._misfits[tried]) is not None:
+                problems.append(f"{section}.weights: {found.format(section)}")
+        return list(dict.fromkeys(problems))
 
     def _leave_out(self, cfg: TrialConfig, data_key: str, dataset: VocLayout) -> None:
         """With data.on_broken skip: take the broken images off the trial's splits, once a split."""
@@ -172,16 +222,9 @@ class Planner:
 
 def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
     """What types cannot say, as (dotted field, problem): names of registries, sizes that must fit together."""
-    name = cfg.backbone.name
-    if name not in BACKBONES and not name.startswith("timm:"):
-        yield "backbone.name", f"no backbone {name!r}; there are {', '.join(BACKBONES)} and timm:MODEL"
-    elif problem := backbone_problem(name, cfg.backbone.output_stride):
-        path, _, text = problem.partition(": ")  # it begins with the field
-        yield path, text
+    yield from _check_nets(cfg)
     if cfg.crf.preset not in PRESETS:
         yield "crf.preset", f"no preset {cfg.crf.preset!r}; there are {', '.join(PRESETS)}"
-    if cfg.train.batch_size % cfg.runtime.workers:
-        yield "train.batch_size", f"{cfg.train.batch_size} is not a multiple of runtime.workers {cfg.runtime.workers}"
     if cfg.views.target_px is not None and cfg.views.target_px > cfg.train.crop_px:
         yield "views.target_px", f"{cfg.views.target_px} is larger than train.crop_px {cfg.train.crop_px}"
     if cfg.contrast.negatives == "ranks" and cfg.contrast.negative_rank_from >= cfg.contrast.negative_rank_to:
@@ -202,12 +245,43 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
         yield "stages", str(error)
 
 
+def _check_nets(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
+    """Backbones that cannot be built, and batches that the workers cannot share."""
+    for section in dict.fromkeys(["backbone", *(section_of(cfg, net) for net in nets_of(cfg))]):
+        backbone = cfg.backbone if section == "backbone" else cfg.backbone_of(section.partition(".")[0])
+        name = backbone.name
+        if name not in BACKBONES and not name.startswith("timm:"):
+            yield f"{section}.name", f"no backbone {name!r}; there are {', '.join(BACKBONES)} and timm:MODEL"
+        elif problem := backbone_problem(name, backbone.output_stride):
+            path, _, text = problem.partition(": ")  # it begins with the field
+            yield path.replace("backbone", section, 1), text
+    for stage, section in OPTIM.items():
+        batch_size = optim_of(cfg, section).batch_size
+        if (stage in cfg.stages or stage == "train_cam") and batch_size % cfg.runtime.workers:
+            yield f"{section}.batch_size", f"{batch_size} is not a multiple of runtime.workers {cfg.runtime.workers}"
+    for net in ("psa", "irn", "segmentation"):
+        own = getattr(cfg, net).backbone
+        if own.name == SAME and own != OwnBackbone():
+            yield f"{net}.backbone.name", f"is {SAME}, so nothing else of {net}.backbone is looked at: name a backbone"
+
+
+def optim_of(cfg: TrialConfig, section: str) -> OptimConfig:
+    """The section of that dotted name, which says how a net is trained."""
+    value: Any = cfg
+    for part in section.split("."):
+        value = getattr(value, part)
+    assert isinstance(value, OptimConfig)
+    return value
+
+
 def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]]:
     """What a config asks of its dataset and does not get, as (dotted field, problem): splits, sizes, masks."""
     seeds, there = cfg.seeds, dataset.splits()
     needed = {"data.train_split": [cfg.data.train_split], "seeds.splits": list(seeds.splits)}
     if seeds.protocol == "val_subset":
         needed["seeds.val_subset_split"] = [seeds.val_subset_split]
+    if "predict_seg" in cfg.stages:
+        needed["segmentation.test.splits"] = list(cfg.segmentation.test.splits)
     absent = [(field, split) for field, splits in needed.items() for split in splits if split not in there]
     for field, split in absent:
         yield field, f"no split {split!r} in {dataset.root}{nearest(split, there)}"
@@ -216,8 +290,10 @@ def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]
     images = len(dataset.ids(cfg.data.train_split))
     if cfg.method.name in SALIENCY and not dataset.has_saliency:
         yield "method.name", f"{cfg.method.name} needs saliency maps: a folder SALImages in {dataset.root}"
-    if "train_cam" in cfg.stages and cfg.train.batch_size > images:
-        yield "train.batch_size", f"{cfg.train.batch_size} is more than the {images} images of {cfg.data.train_split}"
+    for stage, section in OPTIM.items():
+        batch_size = optim_of(cfg, section).batch_size
+        if stage in cfg.stages and batch_size > images:
+            yield f"{section}.batch_size", f"{batch_size} is more than the {images} images of {cfg.data.train_split}"
     judge = {"best_on_train": cfg.data.train_split, "val_subset": seeds.val_subset_split}.get(seeds.protocol)
     if "make_seeds" in cfg.stages and judge is not None and not dataset.has_masks(judge):
         yield "seeds.protocol", f"{seeds.protocol} needs masks of split {judge}; use seeds.protocol fixed"
@@ -228,10 +304,13 @@ def metrics_of(cfg: TrialConfig, dataset: VocLayout) -> list[str]:
     found = ["bg_score"] if "make_seeds" in cfg.stages else []
     if "evaluate" not in cfg.stages:
         return found
-    scored = [split for split in cfg.seeds.splits if dataset.has_masks(split)]
     before = cfg.stages[: cfg.stages.index("evaluate")]
-    products = ["seed", "mask"] if "refine_crf" in before else ["seed"]
-    return found + [f"{product}_miou_{split}" for product in products for split in reversed(scored)]
+    return found + [
+        f"{product}_miou_{split}"
+        for product in products_of(before)
+        for split in reversed(splits_of(product, cfg))
+        if dataset.has_masks(split)
+    ]
 
 
 def nearest(name: str, names: Sequence[str]) -> str:
@@ -351,7 +430,7 @@ def run_trial(
                 reused = manifest is not None
                 if manifest is None:
                     start = time.monotonic()
-                    inputs = {earlier: folders[earlier] for earlier in inputs_of(name, stages)}
+                    inputs = {earlier: folders[earlier] for earlier in inputs_of(name, cfg, stages)}
                     folder.forget_stop()  # of whoever was at work here before
                     try:
                         outcome = run_stage(name, cfg, folder, inputs, dataset, rt)

@@ -19,7 +19,7 @@ import ppc.launch
 import ppc.stages
 from ppc import changes, cli
 from ppc.artifacts import Storage, file_sha256, write_json
-from ppc.config import StudyConfig, TrialConfig
+from ppc.config import TrialConfig
 from ppc.data.labels import read_label_file
 from ppc.data.scenes import make_scenes
 from ppc.launch import Where, define_search, run_study
@@ -27,6 +27,7 @@ from ppc.ledger import FAILED, FINISHED, read_rows
 from ppc.methods import build_net
 from ppc.report import build_report
 from ppc.study import shared_base
+from ppc.study_config import StudyConfig
 
 HERE = Where(local=True, tracking="none")
 

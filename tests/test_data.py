@@ -16,7 +16,7 @@ from PIL import Image
 from ppc.data import open_dataset
 from ppc.data.check import check_dataset, fingerprint
 from ppc.data.labels import DataError
-from ppc.data.loader import CamLoader, CamTrainSet, epoch_order, rank_positions
+from ppc.data.loader import CamTrainSet, Loader, epoch_order, rank_positions
 from ppc.data.voc import VOC_CLASSES, VocLayout
 from ppc.seeding import derive_seed
 
@@ -479,7 +479,7 @@ def train_set(layout: VocLayout, **changes: object) -> CamTrainSet:
 
 
 def batches(layout: VocLayout, epoch: int, *, rank: int = 0, world_size: int = 1, num_workers: int = 0, **changes):
-    loader = CamLoader(
+    loader = Loader(
         train_set(layout, **changes), batch_size=8, rank=rank, world_size=world_size, num_workers=num_workers
     )
     assert len(loader) == 2
@@ -558,7 +558,7 @@ def test_loading_processes_change_nothing(big):
 
 
 def test_an_epoch_does_not_depend_on_those_before_it(big):
-    loader = CamLoader(train_set(big), batch_size=8, rank=0, world_size=1)
+    loader = Loader(train_set(big), batch_size=8, rank=0, world_size=1)
     list(loader.epoch(0)), list(loader.epoch(1))
     same(list(loader.epoch(2)), batches(big, 2))
     same(list(loader.epoch(2, first_batch=1)), batches(big, 2)[1:])

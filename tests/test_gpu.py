@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import ALL_VIEWS, curve, formula_batch, layout, scenes_root, tiny_config
+from tiny_run import ALL_VIEWS, cam_job, curve, formula_batch, layout, scenes_root, tiny_config
 
 from ppc.artifacts import StageDir, Storage
 from ppc.config import TrialConfig
@@ -16,7 +16,6 @@ from ppc.data.loader import epoch_order
 from ppc.methods import Losses, build_net
 from ppc.prototypes import ALONE
 from ppc.runtime import LocalRuntime
-from ppc.stages.train_cam import make_job
 from ppc.train import checkpoints, fit
 from ppc.trial import Planner, run_trial
 
@@ -73,7 +72,7 @@ def stage(path: Path) -> StageDir:
 
 
 def trained(cfg: TrialConfig, folder: Path, device: torch.device) -> list[tuple[int, dict[str, float]]]:
-    fit(make_job(cfg, layout(Path(str(cfg.data.root))), device)[0], stage(folder), cfg.runtime, device)
+    fit(cam_job(cfg, device), stage(folder), cfg.runtime, device)
     return curve(stage(folder))
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from jsonschema import Draft202012Validator
 
-from ppc.config import StudyConfig, TrialConfig
+from ppc.config import TrialConfig
 from ppc.loading import (
     is_study,
     load_study,
@@ -24,6 +24,7 @@ from ppc.loading import (
     validate_trial,
 )  # fmt: skip
 from ppc.schema import ConfigError, check_path, fields, nearest, problems_of, study_schema, trial_schema, write_schemas
+from ppc.study_config import StudyConfig
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 FILES = sorted(p for p in EXPERIMENTS.rglob("*.yaml"))

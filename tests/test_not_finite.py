@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import ALL_VIEWS, curve, layout, scenes_root, tiny_config
+from tiny_run import ALL_VIEWS, cam_job, cam_payload, curve, layout, scenes_root, tiny_config
 
 from ppc.artifacts import StageDir, Storage, read_json
 from ppc.config import RuntimeConfig, TrialConfig
 from ppc.data.loader import epoch_order
 from ppc.runtime import LocalRuntime, prepare_process
-from ppc.stages.train_cam import Payload, make_job, worker
+from ppc.stages.training import worker
 from ppc.train import Job, checkpoints, fit
 from ppc.trial import Planner, run_trial
 
@@ -56,7 +56,7 @@ def stage(path: Path) -> StageDir:
 
 
 def job_of(cfg: TrialConfig) -> Job:
-    return make_job(cfg, layout(Path(str(cfg.data.root))), CPU)[0]
+    return cam_job(cfg)
 
 
 def ids_of(scenes: Path, step: int) -> list[str]:
@@ -205,7 +205,7 @@ def test_all_workers_name_the_images_of_all(tmp_path: Path, scenes: Path) -> Non
     cfg = config(scenes, {"train.learning_rate": 1e30, "runtime.workers": 2})
     folder = stage(tmp_path)
     with pytest.raises(ValueError, match="^step 2 of 6") as info:
-        LocalRuntime().train(worker, Payload(cfg, folder, layout(scenes)), cfg.runtime)
+        LocalRuntime().train(worker, cam_payload(cfg, folder, layout(scenes)), cfg.runtime)
     assert told(str(info.value))[1] == ids_of(scenes, 2)
     assert curve(folder) == [] and checkpoints(folder) == []
 

@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 import ppc
 from ppc.artifacts import Storage
 from ppc.cli import app
-from ppc.config import StudyConfig
 from ppc.data import VocLayout
 from ppc.data.check import check_dataset
 from ppc.data.labels import DataError, parse_id
@@ -26,6 +25,7 @@ from ppc.gallery import gallery
 from ppc.launch import Where, run_study
 from ppc.names import MAX_BYTES, check_name
 from ppc.redact import safe_uri, without_secrets
+from ppc.study_config import StudyConfig
 
 # -- what is read from files
 

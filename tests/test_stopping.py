@@ -10,7 +10,7 @@ import pytest
 from fake_study import FakeStudy
 
 from ppc.artifacts import Journal, StageDir, Storage, write_json
-from ppc.config import EarlyStopping, StudyConfig, TrialConfig
+from ppc.config import TrialConfig
 from ppc.launch import define
 from ppc.ledger import FINISHED, INTERRUPTED, PENDING, STOPPED, counts, missing
 from ppc.report import build_report, cells, markdown
@@ -18,6 +18,7 @@ from ppc.run_record import trial_tags
 from ppc.status import status_lines
 from ppc.stopping import EpochReader, Keepers, epoch_values, must_run, no_effect
 from ppc.study import baseline, expand
+from ppc.study_config import EarlyStopping, StudyConfig
 
 STOP = {"epoch": 2, "metric": "train/cls", "value": 0.53}
 

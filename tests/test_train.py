@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_run import ALL_VIEWS, curve, layout, scenes_root, tiny_config, weights_of
+from tiny_run import ALL_VIEWS, cam_job, cam_payload, curve, layout, scenes_root, tiny_config, weights_of
 from torch import Tensor
 
 from ppc.artifacts import StageDir, read_json
@@ -21,7 +21,7 @@ from ppc.config import RuntimeConfig, TrialConfig
 from ppc.methods import METHODS, Losses
 from ppc.prototypes import Workers
 from ppc.runtime import LocalRuntime, prepare_process
-from ppc.stages.train_cam import Payload, make_job, save_net, worker
+from ppc.stages.training import save_net, worker
 from ppc.train import Job, checkpoints, fit, gather, rank, sum_over_workers, world_size
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ def stage(path: Path, key: str = "key") -> StageDir:
 
 
 def trained(cfg: TrialConfig, folder: StageDir) -> StageDir:
-    worker(Payload(cfg, folder, layout(Path(str(cfg.data.root)))), CPU)
+    worker(cam_payload(cfg, folder), CPU)
     return folder
 
 
@@ -69,7 +69,8 @@ class Everything:
 
 def in_float64(cfg: TrialConfig, folder: StageDir) -> None:
     """Loss, terms and gradients of one step of the global batch, by the root worker's hand."""
-    job, net = make_job(cfg, layout(Path(str(cfg.data.root))), CPU)
+    job = cam_job(cfg)
+    net = job.net
     net.double().train()
     batch = dict(next(iter(job.batches(0))))
     batch["image_N3HW"] = batch["image_N3HW"].double()
@@ -84,7 +85,8 @@ def in_float64(cfg: TrialConfig, folder: StageDir) -> None:
 
 def trained_in_float64(cfg: TrialConfig, folder: StageDir) -> None:
     """The whole training in float64, where no rounding turns a ReLU over."""
-    job, net = make_job(cfg, layout(Path(str(cfg.data.root))), CPU)
+    job = cam_job(cfg)
+    net = job.net
     net.double()
 
     def batches(epoch: int) -> Iterator[Any]:
@@ -99,11 +101,11 @@ def all_jobs(payload: Everything, device: torch.device) -> None:
     for method, preset in METHOD_X_PRESET:
         cfg = config(payload.scenes, {"method.name": method, "contrast.preset": preset})
         folder = StageDir(payload.folder / f"{method}-{preset}", "train_cam", "key")
-        worker(Payload(cfg, folder, layout(payload.scenes)), device)
+        worker(cam_payload(cfg, folder, layout(payload.scenes)), device)
         in_float64(cfg, folder)
         trained_in_float64(cfg, StageDir(folder.path / "float64", "train_cam", "key"))
     begun = StageDir(payload.folder / "begun-alone", "train_cam", "key")
-    worker(Payload(config(payload.scenes, LONG), begun, layout(payload.scenes)), device)
+    worker(cam_payload(config(payload.scenes, LONG), begun, layout(payload.scenes)), device)
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +189,7 @@ def stopped_at(job: Job, at: int, *, kill: bool = False) -> Job:
 
 def train_until(cfg: TrialConfig, folder: StageDir, at: int, *, kill: bool = False) -> None:
     prepare_process(1)  # as every runtime does: with another number of threads sums are split in other ways
-    job, _ = make_job(cfg, layout(Path(str(cfg.data.root))), CPU)
+    job = cam_job(cfg)
     fit(stopped_at(job, at, kill=kill), folder, cfg.runtime, CPU)
 
 
@@ -362,7 +364,7 @@ def test_bf16_stays_near_float32(tmp_path: Path, scenes: Path) -> None:
 
 def test_a_loss_that_is_not_finite_ends_training_with_its_step(tmp_path: Path, scenes: Path) -> None:
     cfg, folder = config(scenes), stage(tmp_path)
-    job, _ = make_job(cfg, layout(scenes), CPU)
+    job = cam_job(cfg)
 
     def poisoned(epoch: int) -> Iterator[Any]:
         for index, batch in enumerate(job.batches(epoch)):

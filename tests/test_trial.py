@@ -24,7 +24,7 @@ from ppc.data.labels import read_label_file
 from ppc.ledger import alive
 from ppc.methods import build_net
 from ppc.runtime import LocalRuntime, MapFunction
-from ppc.stages.train_cam import save_net
+from ppc.stages.training import save_net
 from ppc.trial import Planner, TrialPlan, check_trial, data_name, data_splits, run_trial
 
 STAGES = ["train_cam", "make_seeds", "refine_crf", "evaluate"]

@@ -14,6 +14,9 @@ from ppc.artifacts import StageDir, read_journal
 from ppc.config import TrialConfig
 from ppc.data import VocLayout, make_scenes
 from ppc.loading import override_all, validate_trial
+from ppc.stages.train_cam import make_job
+from ppc.stages.training import Payload
+from ppc.train import Job
 
 SCENES = {"num_classes": 3, "num_train": 8, "num_val": 4, "image_px": 48, "seed": 0}
 TINY: dict[str, Any] = {
@@ -40,6 +43,16 @@ def tiny_config(changes: Mapping[str, Any] | None = None, root: Path | None = No
 def layout(root: Path) -> VocLayout:
     """The dataset at a folder."""
     return VocLayout(root)
+
+
+def cam_payload(cfg: TrialConfig, folder: StageDir, dataset: VocLayout | None = None) -> Payload:
+    """What a worker of train_cam is sent."""
+    return Payload(cfg, folder, {}, dataset or layout(Path(str(cfg.data.root))), make_job)
+
+
+def cam_job(cfg: TrialConfig, device: torch.device | None = None) -> Job:
+    """The training of a trial's CAM net."""
+    return make_job(cam_payload(cfg, StageDir(Path("nowhere"), "train_cam", "0")), device or torch.device("cpu"))
 
 
 def formula_batch(num_images: int = 4, num_fg: int = 3, size: int = 48, shift: float = 0.0) -> dict[str, Any]:

@@ -6,8 +6,8 @@ processes, nor where a run was resumed changes what is in a global batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import NotRequired, TypedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -68,8 +68,40 @@ def rank_positions(num_images: int, *, batch_size: int, rank: int, world_size: i
     return [list(range(start, start + share)) for start in starts]
 
 
-class CamTrainSet(Dataset[Sample]):
-    """The images of a split, addressed by (epoch, position in that epoch's order)."""
+class TrainSet(Dataset[Any]):
+    """The images of a split, addressed by (epoch, position in that epoch's order); what a sample is, a subclass says.
+
+    A sample must depend on (seed, epoch, image id) alone: draw from `derive_rng("augment", self.seed, epoch, id)`.
+    """
+
+    def __init__(self, ids: Sequence[str], *, seed: int) -> None:
+        self.ids, self.seed = list(ids), seed
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def id_at(self, epoch: int, position: int) -> str:
+        """The image at a position of an epoch's order."""
+        if self._order[0] != epoch:
+            self._order = (epoch, epoch_order(len(self.ids), seed=self.seed, epoch=epoch))
+        return self.ids[self._order[1][position]]
+
+    def __getitem__(self, address: Address) -> Any:
+        epoch, position = address
+        return self.sample(epoch, self.id_at(epoch, position))
+
+    def sample(self, epoch: int, image_id: str) -> Any:
+        """One image as an epoch sees it."""
+        raise NotImplementedError
+
+    def collate(self, samples: list[Any]) -> Any:
+        """Samples stacked to a batch, a mapping."""
+        raise NotImplementedError
+
+
+class CamTrainSet(TrainSet):
+    """Augmented images with their tags, and saliency maps where the method has them."""
 
     def __init__(
         self,
@@ -84,24 +116,13 @@ class CamTrainSet(Dataset[Sample]):
         with_saliency: bool = False,
     ) -> None:
         """`normalise` takes uint8 (H, W, 3) to a float32 tensor (3, H, W), pixel by pixel."""
-        self.layout, self.split, self.seed = layout, split, seed
+        super().__init__(layout.ids(split), seed=seed)
+        self.layout, self.split = layout, split
         self.crop_px, self.resize_long_px, self.color_jitter = crop_px, resize_long_px, color_jitter
         self.normalise, self.with_saliency = normalise, with_saliency
-        self.ids = layout.ids(split)
-        self._order: tuple[int, list[int]] = (-1, [])
 
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def id_at(self, epoch: int, position: int) -> str:
-        """The image at a position of an epoch's order."""
-        if self._order[0] != epoch:
-            self._order = (epoch, epoch_order(len(self.ids), seed=self.seed, epoch=epoch))
-        return self.ids[self._order[1][position]]
-
-    def __getitem__(self, address: Address) -> Sample:
-        epoch, position = address
-        image_id = self.id_at(epoch, position)
+    def sample(self, epoch: int, image_id: str) -> Sample:
+        """The image augmented, its visible part normalised and padded with 0, its tags and saliency map."""
         view = augment_cam(
             self.layout.image(image_id),
             self.layout.saliency(image_id) if self.with_saliency else None,
@@ -120,6 +141,10 @@ class CamTrainSet(Dataset[Sample]):
             saliency_1HW = torch.from_numpy(view.saliency_HW.copy())[None].float() / 255
             sample["saliency_1HW"] = _pad(saliency_1HW, view.box)
         return sample
+
+    def collate(self, samples: list[Sample]) -> Batch:
+        """Stack samples into a batch."""
+        return collate(samples)
 
 
 def _pad(part_XHW: Tensor, box: CropBox) -> Tensor:
@@ -141,12 +166,12 @@ def collate(samples: list[Sample]) -> Batch:
     return batch
 
 
-class CamLoader:
+class Loader:
     """A rank's batches of any epoch, read by `num_workers` processes (0: in this one)."""
 
     def __init__(
         self,
-        dataset: CamTrainSet,
+        dataset: TrainSet,
         *,
         batch_size: int,
         rank: int,
@@ -168,13 +193,13 @@ class CamLoader:
         first = index * self.batch_size
         return [self.dataset.id_at(epoch, position) for position in range(first, first + self.batch_size)]
 
-    def epoch(self, epoch: int, *, first_batch: int = 0) -> Iterator[Batch]:
+    def epoch(self, epoch: int, *, first_batch: int = 0) -> Iterator[Any]:
         """The batches of an epoch, from `first_batch` on."""
         addresses = [[(epoch, p) for p in positions] for positions in self.positions[first_batch:]]
-        loader: DataLoader[Batch] = DataLoader(
-            self.dataset,  # type: ignore[arg-type]  # it holds samples, the loader yields batches
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,
             batch_sampler=addresses,  # any iterable of addresses; the data set takes them
-            collate_fn=collate,
+            collate_fn=self.dataset.collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # or the loader would draw from the global generator

@@ -13,6 +13,7 @@ from ppc.runtime import Runtime
 from ppc.stages.context import StageContext
 from ppc.stages.evaluate import run as evaluate
 from ppc.stages.make_seeds import run as make_seeds
+from ppc.stages.products import PRODUCTS, products_of, splits_of
 from ppc.stages.refine_crf import run as refine_crf
 from ppc.stages.train_cam import run as train_cam
 
@@ -24,15 +25,15 @@ class Stage:
     """A step of the pipeline.
 
     `version` changes when the same inputs give other numbers. `reads` are the config sections that decide the result,
-    `needs` the stages whose files it reads, `uses` those whose files it reads when the trial has them, and `contents`
-    names the data it looks at: splits, and `weights`.
+    `needs` the stages whose files it reads (of a trial), `uses` those whose files it reads when the trial has them, and
+    `contents` names the data it looks at: splits, and weight files (`weights_name`).
     """
 
     run: Callable[[StageContext], dict[str, Any]]
     version: int
     reads: tuple[str, ...]
     contents: Callable[[TrialConfig], Sequence[str]]
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] | Callable[[TrialConfig], tuple[str, ...]] = ()
     uses: tuple[str, ...] = ()
 
 
@@ -42,19 +43,44 @@ def seed_splits(cfg: TrialConfig) -> list[str]:
     return list(dict.fromkeys([*cfg.seeds.splits, *chooses]))
 
 
+def weights_name(cfg: TrialConfig, net: str = "backbone") -> str:
+    """What the weight file that a net begins with is called among the contents: that of `backbone`, or its own."""
+    return WEIGHTS if cfg.backbone_of(net) is cfg.backbone else f"{net}.{WEIGHTS}"
+
+
 def train_contents(cfg: TrialConfig) -> list[str]:
     """The training split, and the pretrained weights."""
-    return [cfg.data.train_split, WEIGHTS]
+    return [cfg.data.train_split, weights_name(cfg)]
+
+
+def scored_splits(cfg: TrialConfig) -> list[str]:
+    """Splits of all label maps that a trial makes."""
+    return list(dict.fromkeys(split for product in products_of(cfg.stages) for split in splits_of(product, cfg)))
+
+
+def needs_of(name: str, cfg: TrialConfig) -> tuple[str, ...]:
+    """The stages that a stage of this trial cannot do without."""
+    needs = STAGES[name].needs
+    return needs(cfg) if callable(needs) else needs
 
 
 WEIGHTS = "weights"
 TRAIN_READS = ("seed", "data", "backbone", "method", "contrast", "views", "train")
+MAKERS = tuple(stage for stage, _ in PRODUCTS.values())
+
+NETS = {
+    "train_cam": "backbone",
+    "train_psa": "psa",
+    "train_irn": "irn",
+    "train_seg": "segmentation",
+}  # stage -> section
+OPTIM = {"train_cam": "train", "train_psa": "psa.train", "train_irn": "irn.train", "train_seg": "segmentation.train"}
 
 STAGES: dict[str, Stage] = {
     "train_cam": Stage(train_cam, 1, TRAIN_READS, train_contents),
     "make_seeds": Stage(make_seeds, 1, ("seeds",), seed_splits, needs=("train_cam",)),
     "refine_crf": Stage(refine_crf, 1, ("crf",), seed_splits, needs=("make_seeds",)),
-    "evaluate": Stage(evaluate, 1, (), seed_splits, needs=("make_seeds",), uses=("refine_crf",)),
+    "evaluate": Stage(evaluate, 1, ("evaluate",), scored_splits, uses=MAKERS),
 }
 
 
@@ -70,7 +96,9 @@ def plan_stages(cfg: TrialConfig, fingerprints: Mapping[str, str]) -> list[tuple
         if name not in STAGES:
             raise ValueError(f"stages: no stage {name!r}; there are {', '.join(STAGES)}")
         stage = STAGES[name]
-        absent = [need for need in stage.needs if need not in keys]
+        absent = [need for need in needs_of(name, cfg) if need not in keys]
+        if name == "evaluate" and not products_of(keys):
+            absent = [" or ".join(MAKERS)]
         if absent or name in keys:
             raise ValueError(
                 f"stages: {name} needs {', '.join(absent)} before it" if absent else f"stages: {name} twice"
@@ -80,7 +108,7 @@ def plan_stages(cfg: TrialConfig, fingerprints: Mapping[str, str]) -> list[tuple
                 "stage": name,
                 "version": stage.version,
                 "config": {section: cfg.decisive(section) for section in stage.reads},
-                "inputs": {earlier: keys[earlier] for earlier in inputs_of(name, list(keys.items()))},
+                "inputs": {earlier: keys[earlier] for earlier in inputs_of(name, cfg, list(keys.items()))},
                 "contents": {part: fingerprints.get(part) for part in stage.contents(cfg)},
             }
         )
@@ -92,11 +120,11 @@ def versions_of(cfg: TrialConfig) -> dict[str, int]:
     return {name: STAGES[name].version for name in cfg.stages}
 
 
-def inputs_of(name: str, stages: Sequence[tuple[str, str]]) -> list[str]:
+def inputs_of(name: str, cfg: TrialConfig, stages: Sequence[tuple[str, str]]) -> list[str]:
     """The stages among `stages` (names and keys, in order) that come before `name` and whose files it reads."""
     names = [stage for stage, _ in stages]
     earlier = names[: names.index(name)] if name in names else names
-    return [stage for stage in (*STAGES[name].needs, *STAGES[name].uses) if stage in earlier]
+    return [stage for stage in (*needs_of(name, cfg), *STAGES[name].uses) if stage in earlier]
 
 
 def run_stage(

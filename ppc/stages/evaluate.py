@@ -1,4 +1,4 @@
-"""Score seeds and masks against the dataset's masks: one confusion matrix a split, divided once (METHOD 12)."""
+"""Score label maps against the dataset's masks: one confusion matrix a split, divided once (METHOD 12)."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from ppc.figures import read_palette_png
 from ppc.metrics import Counts, confusion, iou, miou
 from ppc.places import StoragePath
 from ppc.stages.context import StageContext
+from ppc.stages.products import PRODUCTS, products_of, splits_of
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,29 @@ class Shared:
 def run(context: StageContext) -> dict[str, Any]:
     """IoU of each product on each split that has masks. The split is in the metric's name."""
     cfg, dataset = context.cfg, context.dataset
-    products = {"seed": context.inputs["make_seeds"] / "seeds"}
-    if "refine_crf" in context.inputs:
-        products["mask"] = context.inputs["refine_crf"] / "masks"
-    splits = [split for split in cfg.seeds.splits if dataset.has_masks(split)]
-    total = len(products) * sum(len(dataset.ids(split)) for split in splits)
+    made = [
+        (name, split)
+        for name in products_of(context.inputs)
+        for split in splits_of(name, cfg)
+        if dataset.has_masks(split)
+    ]
+    ids = {split: dataset.ids(split) for _, split in made}
+    total = sum(len(ids[split]) for _, split in made)
     progress = Progress(context.folder / "progress.json", total=total, unit="image", used=context.rt.meter.read)
     result: dict[str, Any] = {"metrics": {}, "per_class_iou": {}, "confusion": {}, "counts": {}}
+    result["counts"] = {split: len(ids[split]) for split in ids}
     before = 0
-    for split in splits:
-        ids = dataset.ids(split)
-        result["counts"][split] = len(ids)
-        for product, folder in products.items():
-            shared = Shared(folder, dataset, split)
-            conf = np.zeros((dataset.num_classes + 1,) * 2, np.int64)
-            context.rt.map(count_chunk, shared, ids, cfg.runtime, partial(_add, conf, progress, before))
-            name, absent = f"{product}_miou_{split}", cfg.seeds.absent_classes
-            result["metrics"][name] = miou(conf, absent=absent)
-            per_class = iou(conf, absent=absent)
-            result["per_class_iou"][f"{product}_{split}"] = [None if np.isnan(x) else float(x) for x in per_class]
-            result["confusion"][f"{product}_{split}"] = conf.tolist()
-            before += len(ids)
+    for product, split in made:
+        stage, folder = PRODUCTS[product]
+        shared = Shared(context.inputs[stage] / folder, dataset, split)
+        conf = np.zeros((dataset.num_classes + 1,) * 2, np.int64)
+        context.rt.map(count_chunk, shared, ids[split], cfg.runtime, partial(_add, conf, progress, before))
+        absent = cfg.seeds.absent_classes
+        result["metrics"][f"{product}_miou_{split}"] = miou(conf, absent=absent)
+        per_class = iou(conf, absent=absent)
+        result["per_class_iou"][f"{product}_{split}"] = [None if np.isnan(x) else float(x) for x in per_class]
+        result["confusion"][f"{product}_{split}"] = conf.tolist()
+        before += len(ids[split])
     return result
 
 
