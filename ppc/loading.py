@@ -236,6 +236,9 @@ TINY: dict[str, Any] = {
     "train.epochs": 1, "train.batch_size": 4, "train.crop_px": 48, "train.resize_long_px": [48, 64],
     "train.precision": "fp32",
     "seeds.scales": [1.0], "seeds.val_subset_images": 4, "seeds.overlays": 2,
+    "psa.backbone.name": "same", "psa.backbone.weights": None, "psa.backbone.normalisation": "auto",
+    "psa.backbone.output_stride": 8, "psa.train.epochs": 1, "psa.train.batch_size": 4, "psa.train.crop_px": 80,
+    "psa.train.precision": "fp32", "psa.walk.fit_radius": True,
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
 TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another dataset
