@@ -237,7 +237,7 @@ TINY: dict[str, Any] = {
     "train.precision": "fp32",
     "seeds.scales": [1.0], "seeds.val_subset_images": 4, "seeds.overlays": 2,
     "psa.backbone.name": "same", "psa.backbone.weights": None, "psa.backbone.normalisation": "auto",
-    "psa.backbone.output_stride": 8, "psa.train.epochs": 1, "psa.train.batch_size": 4, "psa.train.crop_px": 80,
+    "psa.backbone.output_stride": 8, "psa.train.epochs": 1, "psa.train.batch_size": 4, "psa.train.crop_px": 128,
     "psa.train.precision": "fp32", "psa.walk.fit_radius": True,
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
