@@ -249,7 +249,12 @@ TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another 
 
 def _room(values: dict[str, Any], kept: Kept) -> None:
     """Make the tiny crop and split as large as kept values need; of what is no number, validation tells."""
-    for small, large in (("views.target_px", "train.crop_px"), ("train.batch_size", "data.scenes.num_train")):
+    images = "data.scenes.num_train"
+    for small, large in (
+        ("views.target_px", "train.crop_px"),
+        ("train.batch_size", images),
+        ("psa.train.batch_size", images),
+    ):
         if large not in kept:
             values[large] = max([values[large], *(int(v) for v in kept.get(small, ()) if str(v).isdecimal())])
 

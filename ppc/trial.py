@@ -227,7 +227,6 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
     yield from _check_nets(cfg)
     if cfg.crf.preset not in PRESETS:
         yield "crf.preset", f"no preset {cfg.crf.preset!r}; there are {', '.join(PRESETS)}"
-    yield from psa_problems(cfg)
     if cfg.views.target_px is not None and cfg.views.target_px > cfg.train.crop_px:
         yield "views.target_px", f"{cfg.views.target_px} is larger than train.crop_px {cfg.train.crop_px}"
     if cfg.contrast.negatives == "ranks" and cfg.contrast.negative_rank_from >= cfg.contrast.negative_rank_to:
@@ -242,6 +241,7 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
             )
     if cfg.data.name != "scenes" and cfg.data.root is None:
         yield "data.root", "name the folder of the dataset, for instance --set data.root=VOC2012"
+    yield from psa_problems(cfg)
     try:
         plan_stages(cfg, {})
     except ValueError as error:

@@ -89,20 +89,6 @@ def images_of(cfg: TrialConfig, dataset: VocLayout) -> list[Item]:
     return list(dict.fromkeys(items))
 
 
-def seedless(cfg: TrialConfig, dataset: VocLayout) -> str | None:
-    """What to say when images of the training split get no CAM here; None when all get one."""
-    seeded = {image_id for _, image_id in images_of(cfg, dataset)}
-    ids = dataset.ids(cfg.data.train_split)
-    without = [image_id for image_id in ids if image_id not in seeded]
-    if not without:
-        return None
-    return (
-        f"the seeds are of [{', '.join(cfg.seeds.splits)}], but training on them is on data.train_split "
-        f"{cfg.data.train_split}: {len(without)} of its {len(ids)} images have none, the first is {without[0]}; "
-        f"add {cfg.data.train_split} to seeds.splits"
-    )
-
-
 def val_subset(cfg: TrialConfig, dataset: VocLayout) -> list[Item]:
     """The images whose masks choose the score under protocol val_subset: the same for all trials of a dataset."""
     split = cfg.seeds.val_subset_split
@@ -125,6 +111,20 @@ def chosen_score(cfg: TrialConfig, dataset: VocLayout, counts: dict[str, Counts]
     chosen = counts[VAL_SUBSET if seeds.protocol == "val_subset" else split]
     curve = curve_miou(chosen, absent=seeds.absent_classes)
     return choose_bg_score(protocol="best", fixed=seeds.bg_score, thresholds_T=OFFICIAL_THRESHOLDS, miou_T=curve)
+
+
+def seedless(cfg: TrialConfig, dataset: VocLayout) -> str | None:
+    """What to say when images of the training split get no CAM here; None when all get one."""
+    seeded = {image_id for _, image_id in images_of(cfg, dataset)}
+    ids = dataset.ids(cfg.data.train_split)
+    without = [image_id for image_id in ids if image_id not in seeded]
+    if not without:
+        return None
+    return (
+        f"the seeds are of [{', '.join(cfg.seeds.splits)}], but training on them is on data.train_split "
+        f"{cfg.data.train_split}: {len(without)} of its {len(ids)} images have none, the first is {without[0]}; "
+        f"add {cfg.data.train_split} to seeds.splits"
+    )
 
 
 def add_counts(totals: dict[str, Counts], part: dict[str, Counts]) -> None:
