@@ -20,6 +20,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
+    def unread(self) -> set[str]:
+        """Fields that the rules chosen in this section never look at; see `TrialConfig.decisive`."""
+        return set()
+
 
 class ScenesConfig(Section):
     """The built-in generated dataset (used when `data.name` is `scenes`)."""
@@ -256,11 +260,85 @@ class OwnBackbone(BackboneConfig):
     name: str = Field(SAME, description="a name of BACKBONES, or timm:MODEL; same: all of section `backbone`")
 
 
+class PsaLabelsConfig(Section):
+    """Affinity labels: what two CRFs agree on, one from a strong and one from a weak background (METHOD 8)."""
+
+    bg_power_low: float = Field(
+        4.0, gt=0, description="of background scores (1 - highest class)^power; the low one trusts foreground alone"
+    )
+    bg_power_high: float = Field(24.0, gt=0, description="the high one trusts background alone; PSA: 32")
+    crf: str = Field(
+        "ppc_aff", description="a name of crf.PRESETS; psa, seam: psa_soft, from scores; ppc: ppc_aff, from labels"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PsaLabelsConfig:
+        if self.bg_power_low > self.bg_power_high:
+            raise ValueError(f"bg_power_low {self.bg_power_low} is more than bg_power_high {self.bg_power_high}")
+        return self
+
+
+class PsaWalkConfig(Section):
+    """The random walk over AffinityNet's affinities (METHOD 8)."""
+
+    background: Literal["power", "constant"] = Field(
+        "constant", description="score of the background: (1 - highest class)^bg_power (psa, seam), or bg_score (ppc)"
+    )
+    bg_power: float = Field(16.0, gt=0, description="psa: 16, seam: 6")
+    bg_score: Fraction = Field(0.27, ge=0, lt=1)
+    beta: float = Field(8.0, gt=0, description="power of an affinity")
+    log2_steps: int = Field(6, ge=0, le=16, description="the walk takes 2^log2_steps steps; psa: 8, seam, ppc: 6")
+    fit_radius: bool = Field(
+        True, description="a smaller radius on a grid below 2 * radius + 1 cells (seam, ppc); false: an error there"
+    )
+    crf: str | None = Field(None, description="a name of crf.PRESETS for a CRF after the walk (seam_aff); null: none")
+
+    def unread(self) -> set[str]:
+        """What the other background takes."""
+        return {"bg_score"} if self.background == "power" else {"bg_power"}
+
+
+PSA_PRESETS: dict[str, dict[str, Any]] = {
+    "psa": {
+        "labels": {"bg_power_low": 4.0, "bg_power_high": 32.0, "crf": "psa_soft"}, "train": {"learning_rate": 0.1},
+        "walk": {"background": "power", "bg_power": 16.0, "log2_steps": 8, "fit_radius": False},
+    },
+    "seam": {
+        "labels": {"bg_power_low": 4.0, "bg_power_high": 24.0, "crf": "psa_soft"}, "train": {"learning_rate": 0.01},
+        "walk": {"background": "power", "bg_power": 6.0, "log2_steps": 6, "fit_radius": True},
+    },
+    "ppc": {
+        "labels": {"bg_power_low": 4.0, "bg_power_high": 24.0, "crf": "ppc_aff"}, "train": {"learning_rate": 0.01},
+        "walk": {"background": "constant", "bg_score": 0.27, "log2_steps": 6, "fit_radius": True},
+    },
+}  # fmt: skip
+
+
 class PsaConfig(Section):
     """PSA: affinity labels, AffinityNet, and the random walk over its affinities (METHOD 8)."""
 
+    preset: Literal["psa", "seam", "ppc"] = Field(
+        "ppc",
+        description="whose settings fill the fields below that are not given, in labels, train and walk too; the "
+        "official code of ppc takes one power for all, so its low and high are seam's, on which it builds",
+    )
     backbone: OwnBackbone = Field(default_factory=OwnBackbone)
+    labels: PsaLabelsConfig = Field(default_factory=PsaLabelsConfig)
+    radius: int = Field(5, ge=2, le=32, description="pairs are cells less than this apart, in cells of 8 pixels")
+    color_jitter: bool = True
     train: OptimConfig = Field(default_factory=OptimConfig)
+    walk: PsaWalkConfig = Field(default_factory=PsaWalkConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") not in list(PSA_PRESETS):  # it may be unhashable
+            return values
+        filled = dict(values)
+        for name, fields in PSA_PRESETS[values["preset"]].items():
+            given = values.get(name, {})
+            filled[name] = {**fields, **given} if isinstance(given, dict) else given
+        return filled
 
 
 class IrnConfig(Section):
@@ -343,7 +421,8 @@ class TrialConfig(Section):
             return {**getattr(self, section).model_dump(mode="json", exclude=skipped), "backbone": backbone}
         if "." in section:
             net, later = section.split(".")
-            return getattr(getattr(self, net), later).model_dump(mode="json", exclude=self._unread(section))
+            chosen: Section = getattr(getattr(self, net), later)
+            return chosen.model_dump(mode="json", exclude=self._unread(section) | chosen.unread())
         if section == "contrast" and not self.contrast.active:
             return {"active": False}
         if section == "views" and not self.contrast.active and self.method.name in ONE_VIEW:

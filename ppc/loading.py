@@ -236,6 +236,9 @@ TINY: dict[str, Any] = {
     "train.epochs": 1, "train.batch_size": 4, "train.crop_px": 48, "train.resize_long_px": [48, 64],
     "train.precision": "fp32",
     "seeds.scales": [1.0], "seeds.val_subset_images": 4, "seeds.overlays": 2,
+    "psa.backbone.name": "same", "psa.backbone.weights": None, "psa.backbone.normalisation": "auto",
+    "psa.backbone.output_stride": 8, "psa.train.epochs": 1, "psa.train.batch_size": 4, "psa.train.crop_px": 128,
+    "psa.train.precision": "fp32", "psa.walk.fit_radius": True,
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
 TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another dataset
@@ -246,7 +249,12 @@ TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another 
 
 def _room(values: dict[str, Any], kept: Kept) -> None:
     """Make the tiny crop and split as large as kept values need; of what is no number, validation tells."""
-    for small, large in (("views.target_px", "train.crop_px"), ("train.batch_size", "data.scenes.num_train")):
+    images = "data.scenes.num_train"
+    for small, large in (
+        ("views.target_px", "train.crop_px"),
+        ("train.batch_size", images),
+        ("psa.train.batch_size", images),
+    ):
         if large not in kept:
             values[large] = max([values[large], *(int(v) for v in kept.get(small, ()) if str(v).isdecimal())])
 

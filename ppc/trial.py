@@ -39,7 +39,9 @@ from ppc.stages import (
     versions_of,
     weights_name,
 )
+from ppc.stages.make_seeds import seedless
 from ppc.stages.products import products_of, splits_of
+from ppc.stages.train_psa import problems as psa_problems
 from ppc.train import TrainingStopped
 
 
@@ -239,6 +241,7 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
             )
     if cfg.data.name != "scenes" and cfg.data.root is None:
         yield "data.root", "name the folder of the dataset, for instance --set data.root=VOC2012"
+    yield from psa_problems(cfg)
     try:
         plan_stages(cfg, {})
     except ValueError as error:
@@ -294,6 +297,8 @@ def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]
         batch_size = optim_of(cfg, section).batch_size
         if stage in cfg.stages and batch_size > images:
             yield f"{section}.batch_size", f"{batch_size} is more than the {images} images of {cfg.data.train_split}"
+    if "train_psa" in cfg.stages and (problem := seedless(cfg, dataset)) is not None:
+        yield "seeds.splits", problem
     judge = {"best_on_train": cfg.data.train_split, "val_subset": seeds.val_subset_split}.get(seeds.protocol)
     if "make_seeds" in cfg.stages and judge is not None and not dataset.has_masks(judge):
         yield "seeds.protocol", f"{seeds.protocol} needs masks of split {judge}; use seeds.protocol fixed"

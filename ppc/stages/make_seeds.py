@@ -113,6 +113,20 @@ def chosen_score(cfg: TrialConfig, dataset: VocLayout, counts: dict[str, Counts]
     return choose_bg_score(protocol="best", fixed=seeds.bg_score, thresholds_T=OFFICIAL_THRESHOLDS, miou_T=curve)
 
 
+def seedless(cfg: TrialConfig, dataset: VocLayout) -> str | None:
+    """What to say when images of the training split get no CAM here; None when all get one."""
+    seeded = {image_id for _, image_id in images_of(cfg, dataset)}
+    ids = dataset.ids(cfg.data.train_split)
+    without = [image_id for image_id in ids if image_id not in seeded]
+    if not without:
+        return None
+    return (
+        f"the seeds are of [{', '.join(cfg.seeds.splits)}], but training on them is on data.train_split "
+        f"{cfg.data.train_split}: {len(without)} of its {len(ids)} images have none, the first is {without[0]}; "
+        f"add {cfg.data.train_split} to seeds.splits"
+    )
+
+
 def add_counts(totals: dict[str, Counts], part: dict[str, Counts]) -> None:
     """Add counts to totals of the same names; integers, so their order does not matter."""
     for name, counts in part.items():
@@ -183,6 +197,14 @@ def read_cam(path: StoragePath) -> tuple[Any, Any] | None:
         raise
     except (EOFError, ValueError, KeyError, OSError, BadZipFile, zlib.error):
         return None
+
+
+def whole_cam(seeds: StageDir, image_id: str) -> tuple[Any, Any]:
+    """Keys and CAM of an image from a finished stage. ValueError when it is not there."""
+    loaded = read_cam(seeds / "cams" / f"{image_id}.npz")
+    if loaded is None:
+        raise ValueError(f"{seeds / 'cams'} has no whole CAM of {image_id}; delete {seeds.path}")
+    return loaded
 
 
 def seed_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> None:
