@@ -1,7 +1,7 @@
-"""BatchNorm whose training statistics are those of the global batch, over all workers.  N images, C channels, W workers.
+"""BatchNorm whose training statistics are those of the global batch, over all workers.
 
-A worker's gradient is that of the sum of all workers' losses, as everywhere in the training loop, where a loss is a
-share: so a batch gives the same numbers however it is split.
+N images, C channels, H W pixels, W workers. A worker's gradient is that of the sum of all workers' losses, as
+everywhere in the training loop, where a loss is a share: so a batch gives the same numbers however it is split.
 """
 
 from __future__ import annotations

@@ -236,11 +236,13 @@ TINY: dict[str, Any] = {
     "train.epochs": 1, "train.batch_size": 4, "train.crop_px": 48, "train.resize_long_px": [48, 64],
     "train.precision": "fp32",
     "seeds.scales": [1.0], "seeds.val_subset_images": 4, "seeds.overlays": 2,
+    "segmentation.backbone": {}, "segmentation.train.epochs": 1, "segmentation.train.batch_size": 4,
+    "segmentation.train.crop_px": 48, "segmentation.train.precision": "fp32", "segmentation.test.scales": [1.0],
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
 TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another dataset
     "data.name": "scenes", "data.labels": "auto", "data.train_split": "train",
-    "seeds.splits": ["train"], "seeds.val_subset_split": "val",
+    "seeds.splits": ["train"], "seeds.val_subset_split": "val", "segmentation.test.splits": ["val"],
 }  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Loss and multi-scale prediction of a segmentation net (METHOD 11).  N images, C classes with background, H W pixels."""
+"""Loss and multi-scale prediction of a segmentation net (METHOD 11).  N images, C classes, H W pixels."""
 
 from __future__ import annotations
 

@@ -22,6 +22,7 @@ from ppc.config import SALIENCY, SAME, DataConfig, OptimConfig, OwnBackbone, Tri
 from ppc.crf import PRESETS
 from ppc.data import DataError, VocLayout, open_dataset
 from ppc.data.check import fingerprint
+from ppc.deeplab import SEG_HEADS
 from ppc.faults import storage_error
 from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, note_end
 from ppc.places import remove
@@ -225,6 +226,7 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
     yield from _check_nets(cfg)
     if cfg.crf.preset not in PRESETS:
         yield "crf.preset", f"no preset {cfg.crf.preset!r}; there are {', '.join(PRESETS)}"
+    yield from _check_segmentation(cfg)
     if cfg.views.target_px is not None and cfg.views.target_px > cfg.train.crop_px:
         yield "views.target_px", f"{cfg.views.target_px} is larger than train.crop_px {cfg.train.crop_px}"
     if cfg.contrast.negatives == "ranks" and cfg.contrast.negative_rank_from >= cfg.contrast.negative_rank_to:
@@ -243,6 +245,22 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
         plan_stages(cfg, {})
     except ValueError as error:
         yield "stages", str(error)
+
+
+def _check_segmentation(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
+    """Names of the head and the CRF, and masks that are made for splits other than the one they train on."""
+    own, train = cfg.segmentation, cfg.data.train_split
+    if own.head not in SEG_HEADS:
+        yield "segmentation.head", f"no head {own.head!r}; there are {', '.join(SEG_HEADS)}"
+    if own.test.crf is not None and own.test.crf not in PRESETS:
+        yield "segmentation.test.crf", f"no preset {own.test.crf!r}; there are {', '.join(PRESETS)}, and null: no CRF"
+    if "train_seg" in cfg.stages and own.masks != "truth" and train not in splits_of(own.masks, cfg):
+        made = ", ".join(splits_of(own.masks, cfg))
+        yield (
+            "segmentation.masks",
+            f"{own.masks} is made for seeds.splits [{made}], but the net trains on data.train_split {train}: add "
+            f"{train} to seeds.splits",
+        )
 
 
 def _check_nets(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
@@ -294,6 +312,9 @@ def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]
         batch_size = optim_of(cfg, section).batch_size
         if stage in cfg.stages and batch_size > images:
             yield f"{section}.batch_size", f"{batch_size} is more than the {images} images of {cfg.data.train_split}"
+    if "train_seg" in cfg.stages and cfg.segmentation.masks == "truth":
+        if not dataset.has_masks(cfg.data.train_split):
+            yield "segmentation.masks", f"truth needs masks of split {cfg.data.train_split}, and it has none"
     judge = {"best_on_train": cfg.data.train_split, "val_subset": seeds.val_subset_split}.get(seeds.protocol)
     if "make_seeds" in cfg.stages and judge is not None and not dataset.has_masks(judge):
         yield "seeds.protocol", f"{seeds.protocol} needs masks of split {judge}; use seeds.protocol fixed"
