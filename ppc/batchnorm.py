@@ -44,7 +44,7 @@ class _Standardise(torch.autograd.Function):
         return y_NCHW.to(x_NCHW.dtype), mean_C, var_C, count
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         y_NCHW, scale_C, count = ctx.saved_tensors
         grad_NCHW = grads[0].to(y_NCHW.dtype)
         sums = torch.cat([grad_NCHW.sum((0, 2, 3)), (grad_NCHW * y_NCHW).sum((0, 2, 3))])
