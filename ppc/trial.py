@@ -67,9 +67,14 @@ class TrialPlan:
 
 def data_splits(cfg: TrialConfig) -> list[str]:
     """Splits that a trial touches, in a fixed order."""
-    seeded = seed_splits(cfg) if "make_seeds" in cfg.stages else []
     predicted = cfg.segmentation.test.splits if "predict_seg" in cfg.stages else ()
-    return list(dict.fromkeys([cfg.data.train_split, *seeded, *predicted]))
+    return list(dict.fromkeys([*tagged_splits(cfg), *predicted]))
+
+
+def tagged_splits(cfg: TrialConfig) -> list[str]:
+    """Splits whose image-level labels a trial looks at; those that are only predicted need none."""
+    seeded = seed_splits(cfg) if "make_seeds" in cfg.stages else []
+    return list(dict.fromkeys([cfg.data.train_split, *seeded]))
 
 
 def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, VocLayout]:
@@ -121,7 +126,7 @@ class Planner:
         self.storage = storage
         self._data: dict[str, tuple[DataConfig, VocLayout]] = {}
         self._prints: dict[Any, str] = {}
-        self._checked: set[tuple[str, str]] = set()
+        self._checked: dict[tuple[str, str], bool] = {}  # of a split of a dataset, as it was checked last
         self._misfits: dict[tuple[str, int, Path], str | None] = {}
 
     def plan(self, cfg: TrialConfig) -> TrialPlan:
@@ -143,7 +148,8 @@ class Planner:
             raise ValueError("\n".join(problems))
         with_saliency = [cfg.data.train_split] if cfg.method.name in SALIENCY else []
         splits = {
-            split: self._split_print(dataset, data_key, split, split in with_saliency) for split in data_splits(cfg)
+            split: self._split_print(dataset, data_key, split, split in with_saliency, split in tagged_splits(cfg))
+            for split in data_splits(cfg)
         }
         weights, files = self._weights(cfg)
         cfg = with_weights(cfg, files).model_copy(update={"data": data})
@@ -203,16 +209,21 @@ class Planner:
         """With data.on_broken skip: take the broken images off the trial's splits, once a split."""
         if cfg.data.on_broken == "skip":
             for split in data_splits(cfg):
-                if (data_key, split) not in self._checked and split in dataset.splits():
-                    leave_out_broken(dataset, split, self.storage)
-                    self._checked.add((data_key, split))
+                tagged = split in tagged_splits(cfg)
+                if self._checked.get((data_key, split)) != tagged and split in dataset.splits():
+                    leave_out_broken(dataset, split, self.storage, with_labels=tagged)
+                    self._checked[data_key, split] = tagged
 
-    def _split_print(self, dataset: VocLayout, data_key: str, split: str, with_saliency: bool) -> str:
-        what = (data_key, split, with_saliency)
+    def _split_print(
+        self, dataset: VocLayout, data_key: str, split: str, with_saliency: bool, with_labels: bool
+    ) -> str:
+        what = (data_key, split, with_saliency, with_labels)
         if what not in self._prints:
             masks = dataset.has_masks(split)
             try:
-                found = fingerprint(dataset, [split], with_masks=masks, with_saliency=with_saliency)
+                found = fingerprint(
+                    dataset, [split], with_masks=masks, with_saliency=with_saliency, with_labels=with_labels
+                )
             except DataError as error:
                 hint = remedy(error)
                 raise error if hint is None else ValueError(f"{error}; {hint}") from error
@@ -438,7 +449,7 @@ def run_trial(
         dataset = open_data(cfg.data, storage)  # in here: data that went away is this trial's error too
         if cfg.data.on_broken == "skip":
             for split in data_splits(cfg):
-                leave_out_broken(dataset, split, storage)
+                leave_out_broken(dataset, split, storage, with_labels=split in tagged_splits(cfg))
         done: list[dict[str, Any]] = []
         merged: dict[str, Any] = {}
         cost = {"gpu_h": 0.0, "cpu_h": 0.0, "wall_s": 0.0}
