@@ -352,14 +352,76 @@ class SegTestConfig(Section):
     """Prediction of the segmentation net (METHOD 11)."""
 
     splits: tuple[str, ...] = Field(("val",), min_length=1, description="splits that are predicted")
+    scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
+        (0.5, 0.75, 1.0, 1.25, 1.5, 1.75), min_length=1, description="input scales, whose logits are averaged"
+    )
+    flip: bool = Field(True, description="each scale with its mirror")
+    crf: str | None = Field("deeplab_test", description="a name of crf.PRESETS; null: no CRF")
+
+
+class SegOptimConfig(OptimConfig):
+    """Training of the segmentation net (METHOD 11): its defaults, 19 epochs of train_aug being 20,102 steps."""
+
+    epochs: int = Field(19, ge=1)
+    batch_size: int = Field(10, ge=1, description="images of the global batch, over all workers")
+    learning_rate: float = Field(0.001, gt=0, description="of backbone weights; new layers 10 times, biases twice")
+    momentum: Literal["official"] | float = Field(0.9, description="real momentum here, unlike that of the CAM net")
+
+
+BATCH_NORM_PRESETS: dict[str, dict[str, Any]] = {
+    "official": {"batch_norm": "statistics"},
+    "corrected": {"batch_norm": "trained"},
+}
 
 
 class SegmentationConfig(Section):
     """The segmentation net, trained on pseudo masks (METHOD 11)."""
 
+    preset: Literal["official", "corrected"] = Field(
+        "official", description="fills batch_norm where it is not given: statistics (official), or trained (corrected)"
+    )
+    masks: Literal["seed", "mask", "psa_mask", "irn_mask", "truth"] = Field(
+        "mask", description="label maps that train it; truth: those of the dataset, the upper bound"
+    )
+    head: str = Field("largefov", description="a name of deeplab.SEG_HEADS")
+    dropout: Fraction = Field(0.5, ge=0, lt=1, description="of single values, in the head")
+    batch_norm: Literal["frozen", "statistics", "trained"] = Field(
+        "statistics",
+        description="frozen: the backbone's runs on its stored statistics; statistics: on those of the global batch, "
+        "its affine parameters stay (official); trained: these are trained too",
+    )
+    bn_momentum_backbone: Literal["official"] | float = Field(
+        "official", description="of stored statistics; official: 0.1 for resnet101s, else 3e-4, too slow for short runs"
+    )
+    bn_momentum_head: Literal["official"] | float = Field(
+        "official", description="of stored statistics; official: 3e-4: after a run of few hundred steps take 0.1"
+    )
+    scale: tuple[float, float] = Field((0.5, 1.5), description="range of the random scale of image and mask")
+    hsv: bool = Field(True, description="shift hue, saturation and value at random, up to 10 levels")
     backbone: OwnBackbone = Field(default_factory=OwnBackbone)
-    train: OptimConfig = Field(default_factory=OptimConfig)
+    train: SegOptimConfig = Field(default_factory=SegOptimConfig)
     test: SegTestConfig = Field(default_factory=SegTestConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") in list(BATCH_NORM_PRESETS):  # it may be unhashable
+            return {**BATCH_NORM_PRESETS[values["preset"]], **values}
+        return values
+
+    @field_validator("scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"expected 0 < low <= high, got {value}")
+        return value
+
+    @field_validator("bn_momentum_backbone", "bn_momentum_head")
+    @classmethod
+    def _momentum_range(cls, value: Any) -> Any:
+        if value != "official" and not 0 < value <= 1:
+            raise ValueError("a momentum of BatchNorm is `official` or a number in (0, 1]")
+        return value
 
 
 class RuntimeConfig(Section):
@@ -433,11 +495,16 @@ class TrialConfig(Section):
             return found | ({"on_broken": "skip"} if self.data.on_broken == "skip" else {})
         return {name: value for name, value in data.items() if name not in self._unread(section)}
 
+    def _unread_of_net(self, section: str) -> set[str]:
+        """As `_unread`, of a net that is not the CAM net."""
+        frozen = section == "segmentation" and self.segmentation.batch_norm == "frozen"
+        return {"preset", "bn_momentum_backbone"} if frozen else {"preset"}
+
     def _unread(self, section: str) -> set[str]:
         """Fields of a section that the rules chosen here never look at: trials that differ in them alone are one."""
         unread: set[str] = set()
         if section in LATER:
-            unread.add("preset")
+            unread |= self._unread_of_net(section)
         elif section == "backbone":
             unread.add("weights")  # its sha256 is in the fingerprint
         elif section == "method":

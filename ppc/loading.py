@@ -239,11 +239,13 @@ TINY: dict[str, Any] = {
     "psa.backbone.name": "same", "psa.backbone.weights": None, "psa.backbone.normalisation": "auto",
     "psa.backbone.output_stride": 8, "psa.train.epochs": 1, "psa.train.batch_size": 4, "psa.train.crop_px": 128,
     "psa.train.precision": "fp32", "psa.walk.fit_radius": True,
+    "segmentation.backbone": {}, "segmentation.train.epochs": 1, "segmentation.train.batch_size": 4,
+    "segmentation.train.crop_px": 48, "segmentation.train.precision": "fp32", "segmentation.test.scales": [1.0],
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
 TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another dataset
     "data.name": "scenes", "data.labels": "auto", "data.train_split": "train",
-    "seeds.splits": ["train"], "seeds.val_subset_split": "val",
+    "seeds.splits": ["train"], "seeds.val_subset_split": "val", "segmentation.test.splits": ["val"],
 }  # fmt: skip
 
 

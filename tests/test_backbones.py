@@ -23,6 +23,7 @@ FROZEN = {
     "resnet38d": ["conv1a", "b2", "b2_1", "b2_2"],
     "resnet50": ["conv1", "layer1"],
     "resnet101": ["conv1", "layer1"],
+    "resnet101s": ["conv1", "layer1"],
     "squeezenet1_1": ["features.0"],
     "efficientnet_b0": ["features.0"],
     "tiny": [],

@@ -103,10 +103,11 @@ def _check_image(layout: VocLayout, split: str, image_id: str, *, with_saliency:
             yield _problem(error)
 
 
-def broken_images(layout: VocLayout, split: str) -> dict[str, Problem]:
+def broken_images(layout: VocLayout, split: str, *, with_labels: bool = True) -> dict[str, Problem]:
     """The images of a split that cannot be used, each with its first problem, in the order of the list.
 
-    A mask is asked for where any image of the split has one; a mask that contradicts the tags can be used.
+    A mask is asked for where any image of the split has one; a mask that contradicts the tags can be used. Without
+    `with_labels` an image needs no tags: it is only predicted.
     """
     ids = list(dict.fromkeys(layout.ids(split)))
     with_masks = _any_mask(layout, split, ids)
@@ -116,7 +117,8 @@ def broken_images(layout: VocLayout, split: str) -> dict[str, Problem]:
             layout.image(image_id)
             if with_masks:
                 layout.mask(image_id, split=split)
-            layout.image_label(image_id, split=split)
+            if with_labels:
+                layout.image_label(image_id, split=split)
         except DataError as error:
             return _problem(error)
         return None
@@ -167,10 +169,13 @@ def _names(classes: set[str]) -> str:
     return ", ".join(sorted(classes)) or "nothing"
 
 
-def fingerprint(layout: VocLayout, splits: Iterable[str], *, with_masks: bool, with_saliency: bool) -> str:
+def fingerprint(
+    layout: VocLayout, splits: Iterable[str], *, with_masks: bool, with_saliency: bool, with_labels: bool = True
+) -> str:
     """sha256 over class names, lists, image-level labels and the bytes of every listed file.
 
-    The same for a copy elsewhere; changes with any byte. Raises DataError if a file is missing.
+    The same for a copy elsewhere; changes with any byte. Raises DataError if a file is missing, or a label, unless
+    `with_labels` is off: an image of VOC's test split has none.
     """
     lists = {split: layout.ids(split) for split in sorted(set(splits))}
 
@@ -181,7 +186,12 @@ def fingerprint(layout: VocLayout, splits: Iterable[str], *, with_masks: bool, w
             paths.append(layout.mask_path(image_id, split=split))
         if with_saliency:
             paths.append(layout.saliency_path(image_id))
-        label = layout.image_label(image_id, split=split).tolist()
+        try:
+            label = layout.image_label(image_id, split=split).tolist()
+        except DataError:
+            if with_labels:
+                raise
+            label = None
         return json.dumps([split, image_id, label, [_file_sha(path) for path in paths]])
 
     whole = hashlib.sha256(json.dumps(layout.class_names).encode())

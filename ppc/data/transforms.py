@@ -209,13 +209,14 @@ def augment_affinity(
 
 
 def augment_segment(
-    image_HW3: Uint8, label_HW: Uint8, *, scale: tuple[float, float], crop_px: int, rng: random.Random
+    image_HW3: Uint8, label_HW: Uint8, *, scale: tuple[float, float], hsv: bool, crop_px: int, rng: random.Random
 ) -> tuple[Uint8, Uint8, CropBox]:
     """Segmentation training (METHOD 1.1: DeepLab): HSV shift, flip p = .5, scale, crop; image, label and the crop.
 
     Returned uncropped: normalise the image, then `apply_crop` with fill 0 for the image and 255 for the label.
     """
-    image, label = shift_hsv(image_HW3, draw_hsv(rng, SEGMENT_SHIFT)), label_HW
+    image = shift_hsv(image_HW3, draw_hsv(rng, SEGMENT_SHIFT)) if hsv else image_HW3
+    label = label_HW
     if draw_flip(rng):
         image, label = flip(image), flip(label)
     factor = draw_scale(rng, *scale)
