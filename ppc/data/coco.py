@@ -84,7 +84,7 @@ class CocoLayout(Dataset):
         if part not in self._files:
             raise DataError(path, f"no split `{split}`", f"this data set has: {', '.join(self.splits())}")
         index = self._index(part)
-        tagged_N = index.tag_NK.any(axis=1)
+        tagged_N: list[bool] = index.tag_NK.any(axis=1).tolist()
         found = [one for one, tagged in zip(index.ids, tagged_N, strict=True) if tagged or split == part]
         if not found:
             raise DataError(path, "it has no image with an annotation", "use another split")
@@ -192,7 +192,8 @@ class CocoLayout(Dataset):
         if self.label_source == "masks":
             return self.mask_label(image_id, split)
         _, index, row = self._find(image_id)
-        return index.tag_NK[row].astype(np.float32)
+        label_K: Float32 = index.tag_NK[row].astype(np.float32)
+        return label_K
 
 
 def _need_pycocotools(root: Path) -> None:
