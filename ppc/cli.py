@@ -375,13 +375,14 @@ def check(
     labels: Annotated[
         str, typer.Option(help="As data.labels: auto, or of voc cls_labels, xml or masks, of others masks.")
     ] = "auto",
+    saliency: Annotated[bool, typer.Option("--saliency", help="A missing saliency map is a problem too.")] = False,
 ) -> None:
     """List what is missing or broken, file by file. Exit code 1 when anything is."""
     from ppc.data import open_dataset
     from ppc.data.check import check_dataset
 
     dataset = open_dataset(name, root, labels=labels)
-    problems = check_dataset(dataset, splits)
+    problems = check_dataset(dataset, splits, with_saliency=saliency)
     for problem in problems:
         console.print(str(problem), highlight=False, markup=False, soft_wrap=True)
     sizes = ", ".join(f"{split} {len(dataset.ids(split))}" for split in splits if split in dataset.splits())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,6 @@ GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
 def here(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path_factory.mktemp("here")
     monkeypatch.setattr(coco_index, "HERE", folder)
-    monkeypatch.setenv("PPC_HERE", str(folder))  # of processes that are started
 
 
 def planned(storage: Storage, root: Path, name: str, **changes: Any) -> TrialPlan:
@@ -40,8 +40,18 @@ def planned(storage: Storage, root: Path, name: str, **changes: Any) -> TrialPla
     return Planner(storage).plan(tiny_config(values, root))
 
 
-def run(storage: Storage, plan: TrialPlan, processes: int = 1) -> dict[str, Any]:
-    return run_trial(plan.config, plan.key, plan.stages, storage, LocalRuntime(processes))
+class Sent(LocalRuntime):
+    """All here, with what workers are sent as they get it: a copy."""
+
+    def train(self, worker: Any, payload: Any, cfg: Any) -> None:
+        super().train(worker, pickle.loads(pickle.dumps(payload)), cfg)
+
+    def map(self, function: Any, shared: Any, *rest: Any, **options: Any) -> None:
+        super().map(function, pickle.loads(pickle.dumps(shared)), *rest, **options)
+
+
+def run(storage: Storage, plan: TrialPlan) -> dict[str, Any]:
+    return run_trial(plan.config, plan.key, plan.stages, storage, Sent())
 
 
 def label_maps(storage: Storage, plan: TrialPlan, stage: str, folder: str) -> dict[str, Any]:
@@ -49,12 +59,11 @@ def label_maps(storage: Storage, plan: TrialPlan, stage: str, folder: str) -> di
     return {path.stem: read_palette_png(path) for path in Path(str(place)).iterdir()}
 
 
-@pytest.mark.slow
-def test_a_trial_on_coco_of_80_classes_with_processes_of_its_own(tmp_path: Path) -> None:
+def test_a_trial_on_coco_of_80_classes(tmp_path: Path) -> None:
     root, storage = make_coco(tmp_path / "coco"), Storage(tmp_path / "storage")
     changes = {"seeds.splits": ["train2014", "val"], "data.train_split": "train2014"}  # one image has no class at all
     plan = planned(storage, root, "coco", **changes)
-    result = run(storage, plan, processes=2)
+    result = run(storage, plan)
     assert result["counts"] == {"train2014": 9, "val": 3}
     assert {"seed_miou_val", "mask_miou_train2014"} <= set(result["metrics"])
     assert len(result["per_class_iou"]["mask_val"]) == 81 and np.shape(result["confusion"]["mask_val"]) == (81, 81)
@@ -76,7 +85,6 @@ def test_saliency_methods_on_coco_and_folder(method: str, tmp_path: Path) -> Non
         assert run(storage, plan)["class_names"][0] == "background"
 
 
-@pytest.mark.slow
 def test_a_trial_on_a_folder_whatever_its_images_are_called(tmp_path: Path) -> None:
     root, storage = make_folder(tmp_path / "mine"), Storage(tmp_path / "storage")
     table = root / "tags.csv"
@@ -138,9 +146,14 @@ def test_a_saliency_map_of_another_size_ends_the_trial_with_both_names(tmp_path:
 def test_the_command_that_checks(tmp_path: Path) -> None:
     for name, make, sizes in (("coco", make_coco, "train 8, val 3"), ("folder", make_folder, "train 6, val 2")):
         ran = CliRunner().invoke(app, ["data", "check", str(make(tmp_path / name)), "--name", name])
-        assert ran.exit_code == 0 and f"{sizes} images; 0 problem(s)" in ran.output, ran.output
+        assert ran.exit_code == 0 and f"{sizes} images; 0 problem(s)" in " ".join(ran.output.split()), ran.output
+    (tmp_path / "folder/saliency/plain.png").unlink()
+    words = ["data", "check", str(tmp_path / "folder"), "--name", "folder"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    ran = CliRunner().invoke(app, [*words, "--saliency"])
+    assert ran.exit_code == 1 and "saliency/plain.png: missing; a method with saliency needs one map" in ran.output
     (tmp_path / "folder/images/zz.png").unlink()
-    ran = CliRunner().invoke(app, ["data", "check", str(tmp_path / "folder"), "--name", "folder"])
+    ran = CliRunner().invoke(app, words)
     assert ran.exit_code == 1 and "tags.csv: line 9: no image `zz`" in ran.output
 
 

@@ -92,6 +92,8 @@ def _check_image(layout: Dataset, split: str, image_id: str, *, with_saliency: b
             yield Problem(path, what, f"correct the mask or the label ({layout.label_source})")
     except DataError as error:
         yield _problem(error)
+    if not (with_saliency or layout.has_saliency):
+        return
     try:
         layout.saliency(image_id)
     except DataError as error:

@@ -26,7 +26,7 @@ LABEL_SOURCES = ("annotations", "masks")
 
 
 class CocoLayout(Dataset):
-    """COCO 2014: splits `train` and `val` are the images that have an annotation (82,081 and 40,137), as in the field.
+    """COCO 2014: splits `train` and `val` are the images that have an annotation, as in the field.
 
     `train2014` and `val2014` are all images; a list `NAME.txt` in ImageSets is a split of that name. Tags are the
     classes of all annotations, crowds among them. Masks are drawn from the annotations, unless a folder
