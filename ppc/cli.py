@@ -381,7 +381,7 @@ def check(
     from ppc.data import open_dataset
     from ppc.data.check import check_dataset
 
-    dataset = open_dataset(name, root, labels=labels)
+    dataset = open_dataset("voc" if name == "scenes" else name, root, labels=labels)  # scenes are not to be made here
     problems = check_dataset(dataset, splits, with_saliency=saliency)
     for problem in problems:
         console.print(str(problem), highlight=False, markup=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from own_data import HEIGHT, NUM_CLASSES, WIDTH, annotation, box, make_coco, rle
 from PIL import Image
 
 from ppc.data import DataError, coco_index, open_dataset
-from ppc.data.check import check_dataset, fingerprint
+from ppc.data.check import broken_images, check_dataset, fingerprint
 from ppc.data.coco import CocoLayout, draw_mask
 
 TRAIN = [f"COCO_train2014_{n:012d}" for n in range(9, 18)]
@@ -128,8 +129,9 @@ def test_masks_without_pycocotools_are_an_error_before_a_trial_begins(
     monkeypatch.setattr("ppc.data.coco.find_spec", lambda name: None)
     data = open_dataset("coco", root)
     assert data.image_label(TRAIN[0]).sum() == 2
-    with pytest.raises(DataError, match=r"pip install -e '\.\[coco\]', or put PNGs into .*SegmentationClass"):
-        data.has_masks("train")
+    for ask in (data.has_masks, partial(broken_images, data)):
+        with pytest.raises(DataError, match=r"pip install -e '\.\[coco\]', or put PNGs into .*SegmentationClass"):
+            ask("train")
 
 
 def test_the_check_and_the_fingerprint(root: Path, tmp_path: Path) -> None:

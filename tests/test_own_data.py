@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -173,9 +174,10 @@ def guide_code() -> str:
 
 
 def test_the_example_of_the_guide_runs_a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    namespace: dict[str, Any] = {"__name__": "guide"}
-    exec(compile(guide_code(), "CONTRIBUTING.md", "exec"), namespace)
-    reader = namespace["PairsLayout"]
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code/pairs_of_the_guide.py").write_text(guide_code(), encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    reader = import_module("pairs_of_the_guide").PairsLayout
     root = tmp_path / "pairs"
     (root / "photos").mkdir(parents=True)
     for number, name in enumerate(("cat-1", "dog-2", "cat-3")):

@@ -158,11 +158,11 @@ class CocoLayout(Dataset):
         """Where the class names come from."""
         return f"{next(iter(self._files.values()))[0]}, in the order of their ids"
 
-    def has_masks(self, split: str) -> bool:
-        """Whether the split comes with masks. Raises DataError where they are to be drawn and pycocotools is absent."""
+    def has_mask(self, image_id: str, *, split: str | None = None) -> bool:
+        """Whether an image has a mask. Raises DataError where it is to be drawn and pycocotools is absent."""
         if not self._has_pngs:
             _need_pycocotools(self.root)
-        return super().has_masks(split)
+        return super().has_mask(image_id, split=split)
 
     def mask_digest(self, image_id: str, *, split: str | None = None) -> str:
         """sha256 of the mask's PNG, or of what it is drawn from."""
