@@ -370,16 +370,20 @@ def make_scenes_command(
 
 @data_app.command("check")
 def check(
-    root: Annotated[Path, typer.Argument(help="Folder in the VOC layout.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
+    name: Annotated[str, typer.Option(help="Its layout: voc, coco or folder.")] = "voc",
     splits: Annotated[list[str], typer.Option("--split", help="Split to check; repeatable.")] = ["train", "val"],  # noqa: B006
-    labels: Annotated[str, typer.Option(help="auto, cls_labels, xml or masks.")] = "auto",
+    labels: Annotated[
+        str, typer.Option(help="As data.labels: auto, or of voc cls_labels, xml or masks, of others masks.")
+    ] = "auto",
+    saliency: Annotated[bool, typer.Option("--saliency", help="A missing saliency map is a problem too.")] = False,
 ) -> None:
     """List what is missing or broken, file by file. Exit code 1 when anything is."""
     from ppc.data import open_dataset
     from ppc.data.check import check_dataset
 
-    dataset = open_dataset("voc", root, labels=labels)
-    problems = check_dataset(dataset, splits)
+    dataset = open_dataset("voc" if name == "scenes" else name, root, labels=labels)  # scenes are not to be made here
+    problems = check_dataset(dataset, splits, with_saliency=saliency)
     for problem in problems:
         console.print(str(problem), highlight=False, markup=False, soft_wrap=True)
     sizes = ", ".join(f"{split} {len(dataset.ids(split))}" for split in splits if split in dataset.splits())

@@ -38,12 +38,16 @@ class ScenesConfig(Section):
 class DataConfig(Section):
     """Which images, labels and splits. Paths do not enter a key: the fingerprint of the contents does."""
 
-    name: Literal["scenes", "voc"] = Field(
-        "scenes", description="dataset layout: built-in generated scenes, or a VOC root"
+    name: Literal["scenes", "voc", "coco", "folder"] = Field(
+        "scenes",
+        description="dataset layout: built-in generated scenes, a VOC root, COCO 2014 as downloaded, or a folder with "
+        "images/, classes.txt and tags.csv",
     )
     root: str | None = Field(None, description="folder of the dataset; scenes: made under the storage root when null")
     labels: Literal["auto", "cls_labels", "xml", "masks"] = Field(
-        "auto", description="source of the image-level labels; auto takes the first that exists, in this order"
+        "auto",
+        description="source of the image-level labels; auto: voc the first that exists, in this order; coco its "
+        "annotations; folder its tags.csv",
     )
     train_split: str = Field("train", description="split whose images and tags train the CAM")
     on_broken: Literal["stop", "skip"] = Field(

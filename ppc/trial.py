@@ -20,7 +20,7 @@ from ppc.backbones import BACKBONES, backbone_problem, build_backbone
 from ppc.broken import leave_out_broken, skipped
 from ppc.config import SALIENCY, SAME, DataConfig, OptimConfig, OwnBackbone, TrialConfig
 from ppc.crf import PRESETS
-from ppc.data import DataError, VocLayout, open_dataset
+from ppc.data import DataError, Dataset, open_dataset
 from ppc.data.check import fingerprint
 from ppc.deeplab import SEG_HEADS
 from ppc.faults import storage_error
@@ -79,14 +79,14 @@ def tagged_splits(cfg: TrialConfig) -> list[str]:
     return list(dict.fromkeys([cfg.data.train_split, *seeded]))
 
 
-def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, VocLayout]:
+def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, Dataset]:
     """Open the dataset; generated scenes are made when they are not there. A root that was given becomes absolute."""
     if data.root is not None:
         data = data.model_copy(update={"root": str(Path(data.root).expanduser().resolve())})
     return data, open_data(data, storage)
 
 
-def open_data(data: DataConfig, storage: Storage) -> VocLayout:
+def open_data(data: DataConfig, storage: Storage) -> Dataset:
     """The dataset of a config; without a root it is the storage's own generated one, wherever the storage is today."""
     root = storage.dataset(data_name(data)) if data.root is None else Path(data.root)
     return open_dataset(data.name, root, labels=data.labels, scenes=data.scenes.model_dump())
@@ -126,7 +126,7 @@ class Planner:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._data: dict[str, tuple[DataConfig, VocLayout]] = {}
+        self._data: dict[str, tuple[DataConfig, Dataset]] = {}
         self._prints: dict[Any, str] = {}
         self._checked: dict[tuple[str, str], bool] = {}  # of a split of a dataset, as it was checked last
         self._misfits: dict[tuple[str, int, Path], str | None] = {}
@@ -207,7 +207,7 @@ class Planner:
                 problems.append(f"{section}.weights: {found.format(section)}")
         return list(dict.fromkeys(problems))
 
-    def _leave_out(self, cfg: TrialConfig, data_key: str, dataset: VocLayout) -> None:
+    def _leave_out(self, cfg: TrialConfig, data_key: str, dataset: Dataset) -> None:
         """With data.on_broken skip: take the broken images off the trial's splits, once a split."""
         if cfg.data.on_broken == "skip":
             for split in data_splits(cfg):
@@ -216,9 +216,7 @@ class Planner:
                     leave_out_broken(dataset, split, self.storage, with_labels=tagged)
                     self._checked[data_key, split] = tagged
 
-    def _split_print(
-        self, dataset: VocLayout, data_key: str, split: str, with_saliency: bool, with_labels: bool
-    ) -> str:
+    def _split_print(self, dataset: Dataset, data_key: str, split: str, with_saliency: bool, with_labels: bool) -> str:
         what = (data_key, split, with_saliency, with_labels)
         if what not in self._prints:
             masks = dataset.has_masks(split)
@@ -306,7 +304,7 @@ def optim_of(cfg: TrialConfig, section: str) -> OptimConfig:
     return value
 
 
-def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]]:
+def check_data(cfg: TrialConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
     """What a config asks of its dataset and does not get, as (dotted field, problem): splits, sizes, masks."""
     seeds, there = cfg.seeds, dataset.splits()
     needed = {"data.train_split": [cfg.data.train_split], "seeds.splits": list(seeds.splits)}
@@ -321,7 +319,7 @@ def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]
         return
     images = len(dataset.ids(cfg.data.train_split))
     if cfg.method.name in SALIENCY and not dataset.has_saliency:
-        yield "method.name", f"{cfg.method.name} needs saliency maps: a folder SALImages in {dataset.root}"
+        yield "method.name", f"{cfg.method.name} needs saliency maps: {dataset.saliency_place}"
     for stage, section in OPTIM.items():
         batch_size = optim_of(cfg, section).batch_size
         if stage in cfg.stages and batch_size > images:
@@ -336,7 +334,7 @@ def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]
         yield "seeds.protocol", f"{seeds.protocol} needs masks of split {judge}; use seeds.protocol fixed"
 
 
-def metrics_of(cfg: TrialConfig, dataset: VocLayout) -> list[str]:
+def metrics_of(cfg: TrialConfig, dataset: Dataset) -> list[str]:
     """The metrics that a trial's stages and splits give, the one that says most last."""
     found = ["bg_score"] if "make_seeds" in cfg.stages else []
     if "evaluate" not in cfg.stages:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ppc.artifacts import StageDir, content_key
 from ppc.config import TrialConfig
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.runtime import Runtime
 from ppc.stages.context import StageContext
 from ppc.stages.evaluate import run as evaluate
@@ -158,7 +158,7 @@ def inputs_of(name: str, cfg: TrialConfig, stages: Sequence[tuple[str, str]]) ->
 
 
 def run_stage(
-    name: str, cfg: TrialConfig, folder: StageDir, inputs: Mapping[str, StageDir], dataset: VocLayout, rt: Runtime
+    name: str, cfg: TrialConfig, folder: StageDir, inputs: Mapping[str, StageDir], dataset: Dataset, rt: Runtime
 ) -> dict[str, Any]:
     """Run one stage and return its result; the caller writes the manifest."""
     return STAGES[name].run(StageContext(cfg, folder, inputs, dataset, rt))

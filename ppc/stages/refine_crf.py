@@ -11,7 +11,7 @@ import torch
 from ppc.artifacts import Progress, StageDir
 from ppc.config import CrfConfig
 from ppc.crf import PRESETS, refine_seed
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.figures import palette_png
 from ppc.places import size_of
 from ppc.stages.context import StageContext
@@ -25,7 +25,7 @@ class Shared:
     cfg: CrfConfig
     folder: StageDir
     seeds: StageDir
-    dataset: VocLayout
+    dataset: Dataset
     bg_score: float
 
 

@@ -21,7 +21,7 @@ from ppc.affinity import (
 from ppc.artifacts import Progress, StageDir
 from ppc.config import PsaWalkConfig, TrialConfig
 from ppc.crf import PRESETS, refine_scores
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.figures import palette_png
 from ppc.places import StoragePath, size_of
 from ppc.stages.context import StageContext
@@ -37,7 +37,7 @@ class Shared:
     folder: StageDir
     seeds: StageDir
     weights: StoragePath
-    dataset: VocLayout
+    dataset: Dataset
 
 
 def run(context: StageContext) -> dict[str, Any]:

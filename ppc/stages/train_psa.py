@@ -26,7 +26,7 @@ from ppc.artifacts import Progress, StageDir
 from ppc.backbones import Normalisation, build_backbone
 from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_scores
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.data.loader import Normalise, TrainSet
 from ppc.data.transforms import augment_affinity
 from ppc.dropout import set_dropout_seeds
@@ -71,7 +71,7 @@ class Shared:
     cfg: TrialConfig
     folder: StageDir
     seeds: StageDir
-    dataset: VocLayout
+    dataset: Dataset
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -137,7 +137,7 @@ class AffinitySet(TrainSet):
 
     def __init__(
         self,
-        layout: VocLayout,
+        layout: Dataset,
         split: str,
         *,
         labels: StoragePath,
