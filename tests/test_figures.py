@@ -100,10 +100,10 @@ def test_a_grid_holds_each_picture_in_its_place_under_a_title_and_names_the_clas
 
 
 def test_a_wide_picture_is_scaled_into_its_box_and_a_long_title_is_broken() -> None:
-    wide = np.full((10, 400, 3), 7, np.uint8)
+    wide = np.full((10, 400, 3), [7, 99, 200], np.uint8)
     title = "preset=official,prototype_top_k=32,cross_prototype_weight=0.1"
     grid = picture_grid([[wide]], [title], box_px=(60, 200), gap_px=5)
-    assert grid.shape[1] == 210 and (grid == 7).all(-1).sum() == 5 * 200
+    assert grid.shape[1] == 210 and (grid == [7, 99, 200]).all(-1).sum() == 5 * 200
     dark = np.flatnonzero((grid < 100).any(-1)[:, :5].any(1) | (grid < 100).any(-1)[:, -5:].any(1))
     assert len(dark) == 0, "nothing is written over the edges"
     assert grid.shape[0] >= 5 + 3 * 18 + 5, "in three lines at least"
