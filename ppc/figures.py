@@ -203,13 +203,13 @@ def _font(size_px: int) -> Any:
 
 def _lines(text: str, size_px: int, width_px: int) -> list[str]:
     """A text broken into lines of that width: behind a space or a sign where there is one, else anywhere."""
-    font, found = _font(size_px), [""]
-    for piece in re.findall(r"\n|[^\s,=_/]*[\s,=_/]?", text):
-        if piece == "\n":
-            found.append("")
-        elif font.getlength((found[-1] + piece).rstrip()) <= width_px:
-            found[-1] += piece
-        else:
+    font, found = _font(size_px), list[str]()
+    for paragraph in text.split("\n"):
+        found.append("")
+        for piece in re.findall(r"[^ ,=_/]*[ ,=_/]?", paragraph):
+            if font.getlength((found[-1] + piece).rstrip()) <= width_px:
+                found[-1] += piece
+                continue
             found += [""] if found[-1] else []
             for letter in piece:
                 if found[-1] and font.getlength(found[-1] + letter) > width_px:

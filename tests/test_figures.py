@@ -109,6 +109,10 @@ def test_a_wide_picture_is_scaled_into_its_box_and_a_long_title_is_broken() -> N
     assert grid.shape[0] >= 5 + 3 * 18 + 5, "in three lines at least"
     short = picture_grid([[wide]], ["CAM"], box_px=(60, 200), gap_px=5)
     assert grid.shape[0] - short.shape[0] in (36, 54)
+    twice = picture_grid([[wide]], ["CAM\nof K = 4"], box_px=(60, 200), gap_px=5)
+    assert twice.shape[0] - short.shape[0] == 18 and (twice == [7, 99, 200]).all(-1).sum() == 5 * 200
+    for top in (5, 5 + 18):
+        assert (twice[top : top + 18] < 128).any(), "each line has its words"
 
 
 def test_a_legend_that_does_not_fit_is_counted() -> None:
