@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ppc import cli_export
+from ppc.cli_export import register as register_export
 from ppc.cli_jobs import ask_head, at_job_server, refuse_cluster, refuse_job_server, register, resume_there
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -398,7 +398,7 @@ def schema(
 
 
 register(app, study_app)
-cli_export.register(app)
+register_export(app, data_app)
 
 
 def main() -> None:

@@ -7,14 +7,13 @@ from typing import Annotated, Any
 
 import typer
 
-export_app = typer.Typer(help="Copy what a trial made into a folder that other code can use.", no_args_is_help=True)
-
+export_app = typer.Typer(help="Hand a trial's products to others.", no_args_is_help=True)
 StorageOption = Annotated[
     str,
     typer.Option("--storage", envvar="PPC_STORAGE", help="Folder or s3://bucket/prefix that holds all of a project."),
 ]
 OutArgument = Annotated[Path, typer.Argument(help="Folder to fill: new, empty, or of the same export before.")]
-VariantOption = Annotated[str | None, typer.Option(help="Row of the table. Default: the best.")]
+BestOption = Annotated[str | None, typer.Option("--variant", help="Row of the table. Default: the best.")]
 SeedOption = Annotated[int | None, typer.Option(help="Default: the first that has a result.")]
 SplitOption = Annotated[list[str], typer.Option("--split", help="Repeatable. Default: all of the product's.")]
 DEFAULT_STORAGE = "ppc-storage"
@@ -62,7 +61,7 @@ def export_masks(
     study: str,
     out: OutArgument,
     storage: StorageOption = DEFAULT_STORAGE,
-    variant: VariantOption = None,
+    variant: BestOption = None,
     seed: SeedOption = None,
     product: Annotated[
         str | None, typer.Option(help="seed, mask, psa_mask, irn_mask or seg. Default: the last the trial makes.")
@@ -83,7 +82,7 @@ def export_cams(
     study: str,
     out: OutArgument,
     storage: StorageOption = DEFAULT_STORAGE,
-    variant: VariantOption = None,
+    variant: BestOption = None,
     seed: SeedOption = None,
     splits: SplitOption = [],  # noqa: B006
 ) -> None:
@@ -99,7 +98,7 @@ def _storage(place: str) -> Any:
     return Storage.at(place)
 
 
-def register(app: typer.Typer) -> None:
+def register(app: typer.Typer, data_app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(figure)
     app.add_typer(export_app, name="export")

@@ -87,9 +87,9 @@ class TrialPictures:
 
     @cached_property
     def splits(self) -> dict[str, list[str]]:
-        """Ids of each split that the trial looked at, those of its CAMs first; without those that it left out."""
-        names = [split for product in ("seed", *self.products) for split in splits_of(product, self.config)]
-        if self.config.seeds.protocol == "val_subset":
+        """Ids of each split that the trial made something of, those of its CAMs first; without what it left out."""
+        names = [split for product in self.products for split in splits_of(product, self.config)]
+        if self.config.seeds.protocol == "val_subset" and "make_seeds" in self.folders:
             names.append(self.config.seeds.val_subset_split)
         skipped = (self.row.result or {}).get("skipped", {})
         return {
@@ -103,7 +103,9 @@ class TrialPictures:
         for split, ids in self.splits.items():
             if image_id in ids:
                 return split
-        raise ValueError(f"no image {image_id} in {', '.join(self.splits)}, the splits of trial {self.row.label}")
+        raise ValueError(
+            f"no image {image_id} in {', '.join(self.splits) or 'none'}, the splits of trial {self.row.label}"
+        )
 
     def some(self, split: str) -> list[str]:
         """The images of a split that are drawn when none are named: those with overlays, else a few."""
@@ -144,9 +146,10 @@ class TrialPictures:
 
     def product(self, name: str | None) -> str:
         """The product of that name, or the last that the trial makes. ValueError when it makes no such one."""
-        if not self.products or name not in (None, *self.products):
-            made = ", ".join(self.products) or "no label maps"
-            raise ValueError(f"product {name}: trial {self.row.label} makes {made}")
+        if not self.products:
+            raise ValueError(f"trial {self.row.label} makes no label maps")
+        if name not in (None, *self.products):
+            raise ValueError(f"product {name}: trial {self.row.label} makes {', '.join(self.products)}")
         return name or self.products[-1]
 
     def names(self) -> dict[int, str]:
@@ -168,7 +171,8 @@ def gallery(storage: Storage, row: TrialRow, image_ids: Sequence[str] = ()) -> P
     Without ids: the fixed set that has overlays. ValueError for an image of which the trial made nothing.
     """
     trial = TrialPictures(storage, row)
-    image_ids = list(image_ids) or trial.some(trial.config.seeds.splits[0])
+    trial.product(None)
+    image_ids = list(image_ids) or trial.some(next(iter(trial.splits)))
     columns: dict[str, list[Picture | None]] = {
         "CAM": [trial.cam(image_id) for image_id in image_ids],
         **{TITLES.get(name, name): [trial.label(name, image_id) for image_id in image_ids] for name in trial.products},
@@ -286,11 +290,12 @@ def draw_study(
     """Draw what a launch shows of its study into a folder: `cams.png`, the baseline against the best other variant, and
     `predictions.png` of the best. The files, and what kept one from being drawn: nothing is raised."""
     drawers: dict[str, Callable[[], Picture]] = {}
-    rows = [row for row in rows if products_of([stage["name"] for stage in row.stages])]  # of others nothing is seen
-    if variants := compared(study, rows):
-        drawers["cams.png"] = lambda: cams_figure(storage, pick_rows(rows, variants, None))
-    if (best := best_variant(study, rows)) is not None:
-        drawers["predictions.png"] = lambda: predictions_figure(storage, pick_rows(rows, [best], None))
+    with_cams = [row for row in rows if any(stage["name"] == "make_seeds" for stage in row.stages)]
+    with_labels = [row for row in rows if products_of([stage["name"] for stage in row.stages])]
+    if variants := compared(study, with_cams):
+        drawers["cams.png"] = lambda: cams_figure(storage, pick_rows(with_cams, variants, None))
+    if (best := best_variant(study, with_labels)) is not None:
+        drawers["predictions.png"] = lambda: predictions_figure(storage, pick_rows(with_labels, [best], None))
     files, problems = list[StoragePath](), list[str]()
     for name, draw in drawers.items():
         try:

@@ -268,3 +268,17 @@ def test_a_study_without_results_or_without_label_maps_has_no_figures(tmp_path: 
     (row,) = read_rows(storage, study)
     done = replace(row, state="FINISHED", result={"metrics": {"mask_miou_train": 0.5}}, stages=row.stages[:1])
     assert draw_study(storage, study, [done], tmp_path / "out") == ([], [])
+    with pytest.raises(ValueError, match="trial prototype_top_k=0 s=0 makes no label maps"):
+        gallery(storage, done)
+
+
+def test_a_trial_of_a_segmentation_net_alone_is_drawn(ran: Storage, tmp_path: Path) -> None:
+    study, plain = ran.study("k").definition(), rows_of(ran)[0]
+    row = with_product(ran, replace(plain, stages=plain.stages[:1]), "seg")
+    for image_id in Storage(ran.root).root.glob("data/*/JPEGImages/val_*"):
+        label_HW = np.full((48, 48), 2, np.uint8)
+        palette_png(label_HW, stage_folder(ran, row, "predict_seg") / "masks" / f"{image_id.stem}.png")
+    row = replace(row, result={**(row.result or {}), "overlays": []})
+    files, problems = draw_study(ran, study, [row], tmp_path)
+    assert ([path.name for path in files], problems) == (["predictions.png"], [])
+    assert shows(gallery(ran, row), np.full((48, 48), 2)) and not shows(gallery(ran, row), np.full((48, 48), 3))
