@@ -1,9 +1,9 @@
-"""Commands that make files for others: figures for people, label maps and CAMs for other code. Thin, as `cli.py`."""
+"""Commands that hand a trial's products to others. Thin, as `cli.py`."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ StorageOption = Annotated[
 ]
 OutArgument = Annotated[Path, typer.Argument(help="Folder to fill: new, empty, or of the same export before.")]
 BestOption = Annotated[str | None, typer.Option("--variant", help="Row of the table. Default: the best.")]
-SeedOption = Annotated[int | None, typer.Option(help="Default: the first that has a result.")]
+SeedOption = Annotated[int | None, typer.Option(help="Default: the first.")]
 SplitOption = Annotated[list[str], typer.Option("--split", help="Repeatable. Default: all of the product's.")]
 DEFAULT_STORAGE = "ppc-storage"
 
@@ -47,9 +47,10 @@ def figure(
     small: Annotated[bool, typer.Option("--small", help="256 colours: a third of the bytes.")] = False,
 ) -> None:
     """Draw what trials made of images."""
+    from ppc.artifacts import Storage
     from ppc.gallery import figure_of, save_picture
 
-    store = _storage(storage)
+    store = Storage.at(storage)
     study = store.study(name).definition()
     picture, rows = figure_of(store, study, kind, variants=variants, seed=seed, product=product, image_ids=images)
     save_picture(picture, out, small=small)
@@ -72,9 +73,10 @@ def export_masks(
 
     A run that was interrupted is finished by calling it again.
     """
+    from ppc.artifacts import Storage
     from ppc.export import export_masks as export
 
-    typer.echo(export(_storage(storage), study, out, variant=variant, seed=seed, product=product, splits=splits))
+    typer.echo(export(Storage.at(storage), study, out, variant=variant, seed=seed, product=product, splits=splits))
 
 
 @export_app.command("cams")
@@ -87,15 +89,10 @@ def export_cams(
     splits: SplitOption = [],  # noqa: B006
 ) -> None:
     """CAMs of a trial as ID.npz (`keys`, `cam`), with lists of ids, classes.txt and where they come from."""
+    from ppc.artifacts import Storage
     from ppc.export import export_cams as export
 
-    typer.echo(export(_storage(storage), study, out, variant=variant, seed=seed, splits=splits))
-
-
-def _storage(place: str) -> Any:
-    from ppc.artifacts import Storage
-
-    return Storage.at(place)
+    typer.echo(export(Storage.at(storage), study, out, variant=variant, seed=seed, splits=splits))
 
 
 def register(app: typer.Typer, data_app: typer.Typer) -> None:
