@@ -279,25 +279,6 @@ def report(name: str, storage: OptionalStorageOption = None, address: ServerOpti
 
 
 @app.command()
-def figure(
-    name: str,
-    out: Annotated[Path, typer.Argument(help="PNG file to write.")],
-    storage: StorageOption = DEFAULT_STORAGE,
-    variant: Annotated[str | None, typer.Option(help="Row of the table. Default: the first.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Default: the first.")] = None,
-    images: Annotated[list[str], typer.Option("--image", help="Image id; repeatable.")] = [],  # noqa: B006
-) -> None:
-    """Draw image, CAM, seed, mask and truth of a trial."""
-    from ppc.gallery import gallery, pick_row, save_picture
-    from ppc.ledger import read_rows
-
-    store = _storage(storage)
-    row = pick_row(read_rows(store, store.study(name).definition()), variant, seed)
-    save_picture(gallery(store, row, images), out)
-    console.print(f"{out}: {row.label}", highlight=False, markup=False)
-
-
-@app.command()
 def sync(
     name: Annotated[str | None, typer.Argument(help="Study. Default: all of the storage.")] = None,
     storage: StorageOption = DEFAULT_STORAGE,
