@@ -45,7 +45,7 @@ def figure(
         typer.Option(help="Label map of predictions: seed, mask, psa_mask, irn_mask, seg. Default: the last."),
     ] = None,
     images: Annotated[list[str], typer.Option("--image", help="Image id; repeatable.")] = [],  # noqa: B006
-    small: Annotated[bool, typer.Option("--small", help="256 colours: a third of the bytes.")] = False,
+    small: Annotated[bool, typer.Option("--small", help="256 colours: less than half of the bytes.")] = False,
 ) -> None:
     """Draw what trials made of images."""
     from ppc.artifacts import Storage
