@@ -236,6 +236,9 @@ TINY: dict[str, Any] = {
     "train.epochs": 1, "train.batch_size": 4, "train.crop_px": 48, "train.resize_long_px": [48, 64],
     "train.precision": "fp32",
     "seeds.scales": [1.0], "seeds.val_subset_images": 4, "seeds.overlays": 2,
+    "irn.backbone.name": "same", "irn.backbone.output_stride": 8, "irn.backbone.weights": None,
+    "irn.backbone.normalisation": "auto", "irn.radius": 4, "irn.walk.log2_steps": 4,
+    "irn.train.epochs": 1, "irn.train.batch_size": 4, "irn.train.crop_px": 48, "irn.train.precision": "fp32",
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
 TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another dataset
@@ -246,7 +249,12 @@ TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another 
 
 def _room(values: dict[str, Any], kept: Kept) -> None:
     """Make the tiny crop and split as large as kept values need; of what is no number, validation tells."""
-    for small, large in (("views.target_px", "train.crop_px"), ("train.batch_size", "data.scenes.num_train")):
+    images = "data.scenes.num_train"
+    for small, large in (
+        ("views.target_px", "train.crop_px"),
+        ("train.batch_size", images),
+        ("irn.train.batch_size", images),
+    ):
         if large not in kept:
             values[large] = max([values[large], *(int(v) for v in kept.get(small, ()) if str(v).isdecimal())])
 

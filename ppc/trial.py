@@ -40,6 +40,7 @@ from ppc.stages import (
     weights_name,
 )
 from ppc.stages.products import products_of, splits_of
+from ppc.stages.train_irn import irn_problems
 from ppc.train import TrainingStopped
 
 
@@ -237,6 +238,8 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
                 f"best_on_train takes the score from the masks of data.train_split {cfg.data.train_split}, which is "
                 f"not among seeds.splits [{listed}]: add it there, or take protocol fixed or val_subset",
             )
+    if "train_irn" in cfg.stages:
+        yield from irn_problems(cfg)
     if cfg.data.name != "scenes" and cfg.data.root is None:
         yield "data.root", "name the folder of the dataset, for instance --set data.root=VOC2012"
     try:

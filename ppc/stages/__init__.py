@@ -15,7 +15,9 @@ from ppc.stages.evaluate import run as evaluate
 from ppc.stages.make_seeds import run as make_seeds
 from ppc.stages.products import PRODUCTS, products_of, splits_of
 from ppc.stages.refine_crf import run as refine_crf
+from ppc.stages.refine_irn import run as refine_irn
 from ppc.stages.train_cam import run as train_cam
+from ppc.stages.train_irn import run as train_irn
 
 __all__ = ["STAGES", "Stage", "StageContext", "plan_stages", "run_stage"]
 
@@ -53,6 +55,11 @@ def train_contents(cfg: TrialConfig) -> list[str]:
     return [cfg.data.train_split, weights_name(cfg)]
 
 
+def irn_contents(cfg: TrialConfig) -> list[str]:
+    """The split that IRNet is trained on, and the weights of its backbone."""
+    return [cfg.data.train_split, weights_name(cfg, "irn")]
+
+
 def scored_splits(cfg: TrialConfig) -> list[str]:
     """Splits of all label maps that a trial makes."""
     return list(dict.fromkeys(split for product in products_of(cfg.stages) for split in splits_of(product, cfg)))
@@ -80,6 +87,8 @@ STAGES: dict[str, Stage] = {
     "train_cam": Stage(train_cam, 1, TRAIN_READS, train_contents),
     "make_seeds": Stage(make_seeds, 1, ("seeds",), seed_splits, needs=("train_cam",)),
     "refine_crf": Stage(refine_crf, 1, ("crf",), seed_splits, needs=("make_seeds",)),
+    "train_irn": Stage(train_irn, 1, ("seed", "data", "irn"), irn_contents, needs=("make_seeds",)),
+    "refine_irn": Stage(refine_irn, 1, ("irn.walk",), seed_splits, needs=("make_seeds", "train_irn")),
     "evaluate": Stage(evaluate, 1, ("evaluate",), scored_splits, uses=MAKERS),
 }
 
