@@ -222,6 +222,9 @@ class SeedsConfig(Section):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.5, 1.0, 1.5, 2.0), min_length=1, description="input scales, each with its mirror"
     )
+    merge: Literal["method", "irn"] = Field(
+        "method", description="how their maps become a CAM: as the method does, or as IRN does"
+    )
     protocol: Literal["fixed", "best_on_train", "val_subset"] = Field(
         "best_on_train",
         description="who picks the background score: nobody; the masks of data.train_split, which must be one of "
@@ -435,10 +438,17 @@ class TrialConfig(Section):
             if self.method.name in ONE_VIEW:
                 unread.add("map_source")  # there is no refined map
         elif section == "seeds":
-            # `overlays` decides no number and stays in the key all the same: a finished stage is not run again, so a
-            # trial that asks for other overlays than the one before it would not get them.
-            if self.seeds.protocol != "fixed":
-                unread.add("bg_score")
-            if self.seeds.protocol != "val_subset":
-                unread |= {"val_subset_split", "val_subset_images"}
+            unread |= self._unread_seeds()
+        return unread
+
+    def _unread_seeds(self) -> set[str]:
+        # `overlays` decides no number and stays in the key all the same: a finished stage is not run again, so a trial
+        # that asks for other overlays than the one before it would not get them.
+        unread: set[str] = set()
+        if self.seeds.merge == "method":
+            unread.add("merge")  # the method decides
+        if self.seeds.protocol != "fixed":
+            unread.add("bg_score")
+        if self.seeds.protocol != "val_subset":
+            unread |= {"val_subset_split", "val_subset_images"}
         return unread

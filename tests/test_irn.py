@@ -292,6 +292,7 @@ def test_keys_follow_what_is_read() -> None:
     paper = keys({"irn.preset": "paper"})
     assert paper == keys({"irn.train.momentum": 0.9}) != plain
     assert keys({"irn.preset": "paper", "irn.train.momentum": "official"}) == plain
+    assert keys({"seeds.merge": "irn"})["make_seeds"] != plain["make_seeds"]
     assert keys({"irn.backbone.name": "squeezenet1_1"})["train_irn"] != plain["train_irn"]
 
 

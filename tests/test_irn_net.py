@@ -10,8 +10,10 @@ import torch
 from conftest import GOLDEN, golden
 from test_nets import rule_weights
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ppc.backbones import BACKBONES, build_backbone
+from ppc.cam import merge_scales
 from ppc.irn_net import IrnNet, edges, head_groups, levels_problem
 from ppc.methods import METHODS
 from ppc.nets import CamNet
@@ -91,8 +93,23 @@ def test_irns_cam_net_is_the_plain_one_over_its_backbone() -> None:
     np.testing.assert_allclose(total, g["cam_sum_of_flips"], rtol=1e-5, atol=1e-5 * float(total.max()))
     trained = {name.split(".")[2] for name, p in net.backbone.named_parameters("backbone") if p.requires_grad}
     assert trained == {"layer3", "layer4"}, "the output of the second stage is detached"
-    cam = infer_cam(net, [image], np.array([3, 7]), (64, 96), "cam", torch.device("cpu"))
+    cam = infer_cam(net, [image], np.array([3, 7]), (64, 96), "cam", torch.device("cpu"), rule="irn")
     assert cam.shape == (2, 64, 96) and cam.max() > 0.9
+
+
+def test_scales_merge_as_irns_do() -> None:
+    g = golden("irn_cam_merge_90x120")
+    keys, maps = g["valid_cat"], []
+    for scale in range(4):
+        map_Khw = torch.from_numpy(g[f"out_scale{scale}"].astype(np.float32))[keys]
+        maps += [map_Khw, torch.zeros_like(map_Khw)]  # recorded with the mirror's added
+    cam = merge_scales(maps, size=(90, 120), rule="irn")
+    np.testing.assert_allclose(cam, g["highres_cam"], rtol=1e-5, atol=1e-5)
+    mirrored = merge_scales([torch.zeros_like(maps[0]), maps[0].flip(-1)], size=(90, 120), rule="irn")
+    assert torch.equal(mirrored, merge_scales([maps[0], torch.zeros_like(maps[0])], size=(90, 120), rule="irn"))
+    # What the walk starts from here, the CAM brought to stride 4, against the official one made at that stride.
+    ours = F.interpolate(merge_scales(maps, size=(90, 120), rule="max")[None], (23, 30), mode="bilinear")[0]
+    assert np.abs(ours.numpy() - g["strided_cam"]).max() < 0.02
 
 
 @pytest.mark.parametrize("name", BACKBONES)
