@@ -138,7 +138,8 @@ class Backbone(nn.Module):
 
         For nets that read several strides (IRNet). A map of another size, of a net that pads less, is brought to that.
         """
-        maps = self.net.levels(image_N3HW, tuple(level.name for level in self.level_info))
+        give: Callable[..., tuple[Tensor, ...]] = self.net.levels  # type: ignore[assignment]
+        maps = give(image_N3HW, tuple(level.name for level in self.level_info))
         sized = []
         for level, map_NDhw in zip(self.level_info, maps, strict=True):
             size = tuple(-(-pixels // level.stride) for pixels in image_N3HW.shape[2:])

@@ -158,7 +158,8 @@ def edges(net: IrnNet, image_3HW: Tensor, *, canvas_px: int) -> Tensor:
     height, width = image_3HW.shape[1:]
     pair_N3HW = torch.stack([image_3HW, image_3HW.flip(-1)])
     right, below = (max(canvas_px, side + -side % 16) - side for side in (width, height))
-    logit_Nhw = net(F.pad(pair_N3HW, (0, right, 0, below))).edge[:, 0, : -(-height // STRIDE), : -(-width // STRIDE)]
+    logit_Nhw: Tensor = net(F.pad(pair_N3HW, (0, right, 0, below))).edge[:, 0]
+    logit_Nhw = logit_Nhw[:, : -(-height // STRIDE), : -(-width // STRIDE)]
     return ((logit_Nhw[0] + logit_Nhw[1].flip(-1)) / 2).sigmoid()
 
 
