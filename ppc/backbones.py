@@ -220,10 +220,10 @@ def _torchvision_resnet(name: str) -> Callable[[int], Parts]:
     return build
 
 
-def _resnet_parts(net: nn.Module, strides: tuple[int, ...]) -> Parts:
+def _resnet_parts(net: nn.Module, strides: tuple[int, ...], *, stem: int = 64) -> Parts:
     stages = {stage: child for stage, child in net.named_children() if stage not in ("avgpool", "fc")}
     taps = _Taps(stages, ("layer2", "layer3", "layer4"))
-    names, widths = ("maxpool", "layer1", "layer2", "layer3", "layer4"), (64, 256, 512, 1024, 2048)
+    names, widths = ("maxpool", "layer1", "layer2", "layer3", "layer4"), (stem, 256, 512, 1024, 2048)
     levels = tuple(Level(*level) for level in zip(names, widths, strides, strict=True))
     return Parts(taps, widths[2:], NORMALISATIONS["imagenet"], ("conv1.", "layer1."), ("fc.",), levels)
 
@@ -240,6 +240,28 @@ def _irn_resnet50(output_stride: int) -> Parts:
     for layer in (net.layer4[0].conv2, net.layer4[0].downsample[0]):
         layer.stride = (1, 1)
     return _resnet_parts(net, (4, 4, 8, 16, 16))._replace(frozen=("conv1.", "layer1.", "layer2."))
+
+
+def _resnet101s(output_stride: int) -> Parts:
+    """ResNet101 with a stem of three 3x3 convs, 128 channels (METHOD 11). Taps and frozen layers as torchvision's."""
+    from torchvision.models import resnet101
+
+    _check_stride("resnet101s", output_stride, (8, 16, 32))
+    dilated = [output_stride < 16, output_stride < 32]
+    net = resnet101(weights=None, replace_stride_with_dilation=[False, *dilated])
+    deep: list[nn.Module] = []
+    for in_ch, out_ch, stride in ((3, 64, 2), (64, 64, 1), (64, 128, 1)):
+        deep += [_kaiming_conv(in_ch, out_ch, 3, stride=stride), nn.BatchNorm2d(out_ch), nn.ReLU(inplace=True)]
+    net.conv1, net.bn1 = nn.Sequential(*deep[:-2]), nn.BatchNorm2d(128)
+    first: Any = net.layer1[0]
+    first.conv1, first.downsample[0] = _kaiming_conv(128, 64, 1), _kaiming_conv(128, 256, 1)
+    return _resnet_parts(net, (4, 4, 8, min(16, output_stride), output_stride), stem=128)
+
+
+def _kaiming_conv(in_ch: int, out_ch: int, kernel: int, *, stride: int = 1) -> nn.Conv2d:
+    conv = nn.Conv2d(in_ch, out_ch, kernel, stride, padding=kernel // 2, bias=False)
+    nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+    return conv
 
 
 def _squeezenet1_1(output_stride: int) -> Parts:
@@ -297,6 +319,7 @@ BACKBONES: dict[str, Callable[[int], Parts]] = {
     "resnet50": _torchvision_resnet("resnet50"),
     "resnet101": _torchvision_resnet("resnet101"),
     "irn_resnet50": _irn_resnet50,
+    "resnet101s": _resnet101s,
     "squeezenet1_1": _squeezenet1_1,
     "efficientnet_b0": _efficientnet_b0,
     "tiny": _tiny,

@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from ppc.cli_export import register as register_export
 from ppc.cli_jobs import ask_head, at_job_server, refuse_cluster, refuse_job_server, register, resume_there
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -278,25 +279,6 @@ def report(name: str, storage: OptionalStorageOption = None, address: ServerOpti
 
 
 @app.command()
-def figure(
-    name: str,
-    out: Annotated[Path, typer.Argument(help="PNG file to write.")],
-    storage: StorageOption = DEFAULT_STORAGE,
-    variant: Annotated[str | None, typer.Option(help="Row of the table. Default: the first.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Default: the first.")] = None,
-    images: Annotated[list[str], typer.Option("--image", help="Image id; repeatable.")] = [],  # noqa: B006
-) -> None:
-    """Draw image, CAM, seed, mask and truth of a trial."""
-    from ppc.gallery import gallery, pick_row, save_picture
-    from ppc.ledger import read_rows
-
-    store = _storage(storage)
-    row = pick_row(read_rows(store, store.study(name).definition()), variant, seed)
-    save_picture(gallery(store, row, images), out)
-    console.print(f"{out}: {row.label}", highlight=False, markup=False)
-
-
-@app.command()
 def sync(
     name: Annotated[str | None, typer.Argument(help="Study. Default: all of the storage.")] = None,
     storage: StorageOption = DEFAULT_STORAGE,
@@ -369,16 +351,20 @@ def make_scenes_command(
 
 @data_app.command("check")
 def check(
-    root: Annotated[Path, typer.Argument(help="Folder in the VOC layout.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
+    name: Annotated[str, typer.Option(help="Its layout: voc, coco or folder.")] = "voc",
     splits: Annotated[list[str], typer.Option("--split", help="Split to check; repeatable.")] = ["train", "val"],  # noqa: B006
-    labels: Annotated[str, typer.Option(help="auto, cls_labels, xml or masks.")] = "auto",
+    labels: Annotated[
+        str, typer.Option(help="As data.labels: auto, or of voc cls_labels, xml or masks, of others masks.")
+    ] = "auto",
+    saliency: Annotated[bool, typer.Option("--saliency", help="A missing saliency map is a problem too.")] = False,
 ) -> None:
     """List what is missing or broken, file by file. Exit code 1 when anything is."""
     from ppc.data import open_dataset
     from ppc.data.check import check_dataset
 
-    dataset = open_dataset("voc", root, labels=labels)
-    problems = check_dataset(dataset, splits)
+    dataset = open_dataset("voc" if name == "scenes" else name, root, labels=labels)  # scenes are not to be made here
+    problems = check_dataset(dataset, splits, with_saliency=saliency)
     for problem in problems:
         console.print(str(problem), highlight=False, markup=False, soft_wrap=True)
     sizes = ", ".join(f"{split} {len(dataset.ids(split))}" for split in splits if split in dataset.splits())
@@ -416,6 +402,7 @@ def schema(
 
 
 register(app, study_app)
+register_export(app, data_app)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Channel dropout whose masks belong to the sample, not to the process that holds it.  N images, C channels."""
+"""Dropout whose masks belong to the sample, not to the process that holds it.  N images, C channels, H W pixels."""
 
 from collections.abc import Sequence
 
@@ -26,19 +26,30 @@ class SeededDropout2d(nn.Module):
     def forward(self, x_NCHW: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x_NCHW
-        N, C = x_NCHW.shape[:2]
+        N, shape = len(x_NCHW), self._mask_shape(x_NCHW)
         assert self.seeds is not None, "training forward without seeds: call set_dropout_seeds(net, seeds) first"
         assert len(self.seeds) == N, f"{len(self.seeds)} dropout seeds for {N} samples"
-        mask_NC = torch.empty(N, C)
+        mask = torch.empty(N, *shape)
         generator = torch.Generator()
         for n, seed in enumerate(self.seeds):
             generator.manual_seed(derive_seed(seed, self.layer_index))
-            mask_NC[n] = torch.rand(C, generator=generator) >= self.p
-        mask_NC /= 1 - self.p
-        return x_NCHW * mask_NC.to(device=x_NCHW.device, dtype=x_NCHW.dtype)[:, :, None, None]
+            mask[n] = torch.rand(shape, generator=generator) >= self.p
+        mask /= 1 - self.p
+        return x_NCHW * mask.to(device=x_NCHW.device, dtype=x_NCHW.dtype)
+
+    def _mask_shape(self, x_NCHW: Tensor) -> tuple[int, ...]:
+        """Shape of one sample's mask."""
+        return (x_NCHW.shape[1], 1, 1)
 
     def extra_repr(self) -> str:
         return f"p={self.p}"
+
+
+class SeededDropout(SeededDropout2d):
+    """As SeededDropout2d, but for single values: a draw for each channel and pixel of a sample."""
+
+    def _mask_shape(self, x_NCHW: Tensor) -> tuple[int, ...]:
+        return tuple(x_NCHW.shape[1:])
 
 
 def set_dropout_seeds(net: nn.Module, seeds: Sequence[int]) -> None:

@@ -22,6 +22,7 @@ from rich.console import Console
 from ppc import __version__, changes, local_study
 from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
 from ppc.faults import StorageError
+from ppc.gallery import draw_study
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.mlflow_embedded import server_of_launch
@@ -262,6 +263,8 @@ def run_study(
                 files = write_report(report, folder.path / "report")
             except OSError as error:  # the table is printed all the same
                 fault = fault or error
+            if fault is None:
+                files += _draw(storage, study, folder, console)
             loop.finish(files, flush_s=None if fault is None else FAULT_FLUSH_S)
     print_report(report, console)
     rows = read_rows(storage, study)
@@ -269,6 +272,14 @@ def run_study(
     if fault is not None:
         console.print(f"storage: {fault}", highlight=False, markup=False, soft_wrap=True)
     return 0 if fault is None and all(row.state in (FINISHED, STOPPED) for row in rows) else 1
+
+
+def _draw(storage: Storage, study: dict[str, Any], folder: StudyDir, console: Console) -> list[StoragePath]:
+    """The study's figures beside its report; what could not be drawn is told."""
+    files, problems = draw_study(storage, study, read_rows(storage, study), folder.path / "report")
+    for problem in problems:
+        console.print(problem, **AS_IT_IS)
+    return files
 
 
 def _run_rounds(

@@ -239,11 +239,16 @@ TINY: dict[str, Any] = {
     "irn.backbone.name": "same", "irn.backbone.output_stride": 8, "irn.backbone.weights": None,
     "irn.backbone.normalisation": "auto", "irn.radius": 4, "irn.walk.log2_steps": 4,
     "irn.train.epochs": 1, "irn.train.batch_size": 4, "irn.train.crop_px": 48, "irn.train.precision": "fp32",
+    "psa.backbone.name": "same", "psa.backbone.weights": None, "psa.backbone.normalisation": "auto",
+    "psa.backbone.output_stride": 8, "psa.train.epochs": 1, "psa.train.batch_size": 4, "psa.train.crop_px": 128,
+    "psa.train.precision": "fp32", "psa.walk.fit_radius": True,
+    "segmentation.backbone": {}, "segmentation.train.epochs": 1, "segmentation.train.batch_size": 4,
+    "segmentation.train.crop_px": 48, "segmentation.train.precision": "fp32", "segmentation.test.scales": [1.0],
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
 TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another dataset
     "data.name": "scenes", "data.labels": "auto", "data.train_split": "train",
-    "seeds.splits": ["train"], "seeds.val_subset_split": "val",
+    "seeds.splits": ["train"], "seeds.val_subset_split": "val", "segmentation.test.splits": ["val"],
 }  # fmt: skip
 
 
@@ -254,6 +259,7 @@ def _room(values: dict[str, Any], kept: Kept) -> None:
         ("views.target_px", "train.crop_px"),
         ("train.batch_size", images),
         ("irn.train.batch_size", images),
+        ("psa.train.batch_size", images),
     ):
         if large not in kept:
             values[large] = max([values[large], *(int(v) for v in kept.get(small, ()) if str(v).isdecimal())])

@@ -150,6 +150,17 @@ def skipped_lines(rows: Sequence[TrialRow]) -> list[str]:
     return list(dict.fromkeys(lines))
 
 
+def segmentation_lines(rows: Sequence[TrialRow]) -> list[str]:
+    """What trained the segmentation nets, where they began, and the CRF behind them; a line for each of a kind."""
+    found = [seg for row in rows if (seg := (row.result or {}).get("segmentation")) is not None]
+    lines = [
+        f"trained on {'masks of the dataset (upper bound)' if seg['masks'] == 'truth' else seg['masks']}, initialised "
+        f"from {seg['initialisation']}" + (f", CRF {seg['crf'] or 'none'} at test" if "crf" in seg else "")
+        for seg in found
+    ]
+    return list(dict.fromkeys(lines))
+
+
 def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, str]]:
     results = [row.result for row in rows if row.result is not None]
     metric, split = study["metric"], metric_split(study["metric"])
@@ -160,6 +171,7 @@ def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, 
         images = _distinct(f"{n} images" for n in counted)
         header.append(("split", f"{split}: {images or 'no trial has counted its images yet'}"))
     header += [("skipped", line) for line in skipped_lines(rows)]
+    header += [("segmentation", line) for line in segmentation_lines(rows)]
     header.append(("background score", _distinct(_protocol(row, split) for row in rows)))
     rules = _distinct(result["absent_classes"] for result in results if "absent_classes" in result)
     header.append(

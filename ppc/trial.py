@@ -20,8 +20,9 @@ from ppc.backbones import BACKBONES, backbone_problem, build_backbone
 from ppc.broken import leave_out_broken, skipped
 from ppc.config import SALIENCY, SAME, DataConfig, OptimConfig, OwnBackbone, TrialConfig
 from ppc.crf import PRESETS
-from ppc.data import DataError, VocLayout, open_dataset
+from ppc.data import DataError, Dataset, open_dataset
 from ppc.data.check import fingerprint
+from ppc.deeplab import SEG_HEADS
 from ppc.faults import storage_error
 from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, note_end
 from ppc.places import remove
@@ -39,8 +40,10 @@ from ppc.stages import (
     versions_of,
     weights_name,
 )
+from ppc.stages.make_seeds import seedless
 from ppc.stages.products import products_of, splits_of
-from ppc.stages.train_irn import irn_problems
+from ppc.stages.train_irn import problems as irn_problems
+from ppc.stages.train_psa import problems as psa_problems
 from ppc.train import TrainingStopped
 
 
@@ -67,19 +70,24 @@ class TrialPlan:
 
 def data_splits(cfg: TrialConfig) -> list[str]:
     """Splits that a trial touches, in a fixed order."""
-    seeded = seed_splits(cfg) if "make_seeds" in cfg.stages else []
     predicted = cfg.segmentation.test.splits if "predict_seg" in cfg.stages else ()
-    return list(dict.fromkeys([cfg.data.train_split, *seeded, *predicted]))
+    return list(dict.fromkeys([*tagged_splits(cfg), *predicted]))
 
 
-def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, VocLayout]:
+def tagged_splits(cfg: TrialConfig) -> list[str]:
+    """Splits whose image-level labels a trial looks at; those that are only predicted need none."""
+    seeded = seed_splits(cfg) if "make_seeds" in cfg.stages else []
+    return list(dict.fromkeys([cfg.data.train_split, *seeded]))
+
+
+def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, Dataset]:
     """Open the dataset; generated scenes are made when they are not there. A root that was given becomes absolute."""
     if data.root is not None:
         data = data.model_copy(update={"root": str(Path(data.root).expanduser().resolve())})
     return data, open_data(data, storage)
 
 
-def open_data(data: DataConfig, storage: Storage) -> VocLayout:
+def open_data(data: DataConfig, storage: Storage) -> Dataset:
     """The dataset of a config; without a root it is the storage's own generated one, wherever the storage is today."""
     root = storage.dataset(data_name(data)) if data.root is None else Path(data.root)
     return open_dataset(data.name, root, labels=data.labels, scenes=data.scenes.model_dump())
@@ -119,9 +127,9 @@ class Planner:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._data: dict[str, tuple[DataConfig, VocLayout]] = {}
+        self._data: dict[str, tuple[DataConfig, Dataset]] = {}
         self._prints: dict[Any, str] = {}
-        self._checked: set[tuple[str, str]] = set()
+        self._checked: dict[tuple[str, str], bool] = {}  # of a split of a dataset, as it was checked last
         self._misfits: dict[tuple[str, int, Path], str | None] = {}
 
     def plan(self, cfg: TrialConfig) -> TrialPlan:
@@ -143,7 +151,8 @@ class Planner:
             raise ValueError("\n".join(problems))
         with_saliency = [cfg.data.train_split] if cfg.method.name in SALIENCY else []
         splits = {
-            split: self._split_print(dataset, data_key, split, split in with_saliency) for split in data_splits(cfg)
+            split: self._split_print(dataset, data_key, split, split in with_saliency, split in tagged_splits(cfg))
+            for split in data_splits(cfg)
         }
         weights, files = self._weights(cfg)
         cfg = with_weights(cfg, files).model_copy(update={"data": data})
@@ -199,20 +208,23 @@ class Planner:
                 problems.append(f"{section}.weights: {found.format(section)}")
         return list(dict.fromkeys(problems))
 
-    def _leave_out(self, cfg: TrialConfig, data_key: str, dataset: VocLayout) -> None:
+    def _leave_out(self, cfg: TrialConfig, data_key: str, dataset: Dataset) -> None:
         """With data.on_broken skip: take the broken images off the trial's splits, once a split."""
         if cfg.data.on_broken == "skip":
             for split in data_splits(cfg):
-                if (data_key, split) not in self._checked and split in dataset.splits():
-                    leave_out_broken(dataset, split, self.storage)
-                    self._checked.add((data_key, split))
+                tagged = split in tagged_splits(cfg)
+                if self._checked.get((data_key, split)) != tagged and split in dataset.splits():
+                    leave_out_broken(dataset, split, self.storage, with_labels=tagged)
+                    self._checked[data_key, split] = tagged
 
-    def _split_print(self, dataset: VocLayout, data_key: str, split: str, with_saliency: bool) -> str:
-        what = (data_key, split, with_saliency)
+    def _split_print(self, dataset: Dataset, data_key: str, split: str, with_saliency: bool, with_labels: bool) -> str:
+        what = (data_key, split, with_saliency, with_labels)
         if what not in self._prints:
             masks = dataset.has_masks(split)
             try:
-                found = fingerprint(dataset, [split], with_masks=masks, with_saliency=with_saliency)
+                found = fingerprint(
+                    dataset, [split], with_masks=masks, with_saliency=with_saliency, with_labels=with_labels
+                )
             except DataError as error:
                 hint = remedy(error)
                 raise error if hint is None else ValueError(f"{error}; {hint}") from error
@@ -226,6 +238,7 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
     yield from _check_nets(cfg)
     if cfg.crf.preset not in PRESETS:
         yield "crf.preset", f"no preset {cfg.crf.preset!r}; there are {', '.join(PRESETS)}"
+    yield from _check_segmentation(cfg)
     if cfg.views.target_px is not None and cfg.views.target_px > cfg.train.crop_px:
         yield "views.target_px", f"{cfg.views.target_px} is larger than train.crop_px {cfg.train.crop_px}"
     if cfg.contrast.negatives == "ranks" and cfg.contrast.negative_rank_from >= cfg.contrast.negative_rank_to:
@@ -238,14 +251,30 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
                 f"best_on_train takes the score from the masks of data.train_split {cfg.data.train_split}, which is "
                 f"not among seeds.splits [{listed}]: add it there, or take protocol fixed or val_subset",
             )
-    if "train_irn" in cfg.stages:
-        yield from irn_problems(cfg)
     if cfg.data.name != "scenes" and cfg.data.root is None:
         yield "data.root", "name the folder of the dataset, for instance --set data.root=VOC2012"
+    yield from psa_problems(cfg)
+    yield from irn_problems(cfg)
     try:
         plan_stages(cfg, {})
     except ValueError as error:
         yield "stages", str(error)
+
+
+def _check_segmentation(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
+    """Names of the head and the CRF, and masks that are made for splits other than the one they train on."""
+    own, train = cfg.segmentation, cfg.data.train_split
+    if own.head not in SEG_HEADS:
+        yield "segmentation.head", f"no head {own.head!r}; there are {', '.join(SEG_HEADS)}"
+    if own.test.crf is not None and own.test.crf not in PRESETS:
+        yield "segmentation.test.crf", f"no preset {own.test.crf!r}; there are {', '.join(PRESETS)}, and null: no CRF"
+    if "train_seg" in cfg.stages and own.masks != "truth" and train not in splits_of(own.masks, cfg):
+        made = ", ".join(splits_of(own.masks, cfg))
+        yield (
+            "segmentation.masks",
+            f"{own.masks} is made for seeds.splits [{made}], but the net trains on data.train_split {train}: add "
+            f"{train} to seeds.splits",
+        )
 
 
 def _check_nets(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
@@ -277,7 +306,7 @@ def optim_of(cfg: TrialConfig, section: str) -> OptimConfig:
     return value
 
 
-def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]]:
+def check_data(cfg: TrialConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
     """What a config asks of its dataset and does not get, as (dotted field, problem): splits, sizes, masks."""
     seeds, there = cfg.seeds, dataset.splits()
     needed = {"data.train_split": [cfg.data.train_split], "seeds.splits": list(seeds.splits)}
@@ -292,17 +321,22 @@ def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]
         return
     images = len(dataset.ids(cfg.data.train_split))
     if cfg.method.name in SALIENCY and not dataset.has_saliency:
-        yield "method.name", f"{cfg.method.name} needs saliency maps: a folder SALImages in {dataset.root}"
+        yield "method.name", f"{cfg.method.name} needs saliency maps: {dataset.saliency_place}"
     for stage, section in OPTIM.items():
         batch_size = optim_of(cfg, section).batch_size
         if stage in cfg.stages and batch_size > images:
             yield f"{section}.batch_size", f"{batch_size} is more than the {images} images of {cfg.data.train_split}"
+    if {"train_psa", "train_irn"} & {*cfg.stages} and (problem := seedless(cfg, dataset)) is not None:
+        yield "seeds.splits", problem
+    if "train_seg" in cfg.stages and cfg.segmentation.masks == "truth":
+        if not dataset.has_masks(cfg.data.train_split):
+            yield "segmentation.masks", f"truth needs masks of split {cfg.data.train_split}, and it has none"
     judge = {"best_on_train": cfg.data.train_split, "val_subset": seeds.val_subset_split}.get(seeds.protocol)
     if "make_seeds" in cfg.stages and judge is not None and not dataset.has_masks(judge):
         yield "seeds.protocol", f"{seeds.protocol} needs masks of split {judge}; use seeds.protocol fixed"
 
 
-def metrics_of(cfg: TrialConfig, dataset: VocLayout) -> list[str]:
+def metrics_of(cfg: TrialConfig, dataset: Dataset) -> list[str]:
     """The metrics that a trial's stages and splits give, the one that says most last."""
     found = ["bg_score"] if "make_seeds" in cfg.stages else []
     if "evaluate" not in cfg.stages:
@@ -420,7 +454,7 @@ def run_trial(
         dataset = open_data(cfg.data, storage)  # in here: data that went away is this trial's error too
         if cfg.data.on_broken == "skip":
             for split in data_splits(cfg):
-                leave_out_broken(dataset, split, storage)
+                leave_out_broken(dataset, split, storage, with_labels=split in tagged_splits(cfg))
         done: list[dict[str, Any]] = []
         merged: dict[str, Any] = {}
         cost = {"gpu_h": 0.0, "cpu_h": 0.0, "wall_s": 0.0}

@@ -34,6 +34,12 @@ KNOWN_NORMALISATIONS = {
     "33bca8aaaff65fd0b5675bb7a183fc3cf32855a613711200154960de482a15d9": "unit",
 }
 
+# What such files were trained on, to be named in results that began with one.
+KNOWN_ORIGINS = {
+    "f8bc8fb2b9e8add3d59594cf10c2995afe507adb7d5b265002e4838c65ff34e3": "ImageNet (squeezenet1_1, Caffe origin)",
+    "33bca8aaaff65fd0b5675bb7a183fc3cf32855a613711200154960de482a15d9": "ImageNet (resnet50, half precision)",
+}
+
 
 @dataclass(frozen=True)
 class LoadReport:
@@ -50,6 +56,15 @@ class LoadReport:
         parts += [f"{len(self.missing)} BatchNorm counters missing, which nothing reads"] if self.missing else []
         parts += [f"left over: {_quote(self.left_over)}"] if self.left_over else []
         return "; ".join(parts)
+
+
+def initialisation(report: Mapping[str, Any] | None) -> str:
+    """Where a net began, to be named beside its results: `random`, or the weight file of a `LoadReport`'s fields."""
+    if report is None:
+        return "random"
+    file = f"{Path(report['path']).name} (sha256 {report['sha256'][:12]})"
+    known = KNOWN_ORIGINS.get(report["sha256"])
+    return file if known is None else f"{known}: {file}"
 
 
 # ---------------------------------------------------------------------------------------------- MXNet's file format

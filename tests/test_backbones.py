@@ -24,6 +24,7 @@ FROZEN = {
     "resnet50": ["conv1", "layer1"],
     "resnet101": ["conv1", "layer1"],
     "irn_resnet50": ["conv1", "layer1", "layer2"],
+    "resnet101s": ["conv1", "layer1"],
     "squeezenet1_1": ["features.0"],
     "efficientnet_b0": ["features.0"],
     "tiny": [],

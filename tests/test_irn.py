@@ -321,7 +321,7 @@ def test_the_tiny_twin_is_valid() -> None:
         ({"irn.labels.crf_preset": "no"}, r"irn\.labels\.crf_preset: no preset 'no'"),
         (
             {"seeds.splits": ["val"], "seeds.protocol": "fixed"},
-            r"seeds\.splits: train_irn .*data\.train_split train.* add",
+            r"seeds\.splits: the seeds are of \[val\].*add train",
         ),
         ({"stages": ["train_cam", "train_irn"]}, "stages: train_irn needs make_seeds before it"),
         ({"irn.train.batch_size": 9}, r"irn\.train\.batch_size: 9 is more than the 8 images"),

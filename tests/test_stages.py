@@ -426,7 +426,8 @@ def test_a_stage_says_which_pretrained_tensors_it_loaded(
 def test_stages_name_each_other() -> None:
     for name, stage in STAGES.items():
         assert {*needs_of(name, tiny_config()), *stage.uses} <= STAGES.keys() - {name}
-        assert all(section in TrialConfig.model_fields for section in stage.reads)
+        sections = {section.partition(".")[0] for section in stage.reads} - {"evaluate"}  # psa.walk is one of psa
+        assert sections <= TrialConfig.model_fields.keys()
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor
 
+from ppc.data.dataset import Dataset
 from ppc.data.loader import Normalise, TrainSet
 from ppc.data.transforms import apply_crop, augment_irn, rescale, visible_part
-from ppc.data.voc import VocLayout
 from ppc.figures import IGNORE, read_palette_png
 from ppc.places import StoragePath
 from ppc.seeding import derive_rng
@@ -41,7 +41,7 @@ class IrnTrainSet(TrainSet):
 
     def __init__(
         self,
-        layout: VocLayout,
+        layout: Dataset,
         split: str,
         labels: StoragePath,
         *,

@@ -192,14 +192,31 @@ def augment_cam(
     return CamView(image, visible_part(flip(saliency) if mirrored else saliency, box), box)
 
 
+def augment_affinity(
+    image_HW3: Uint8, score_XHW: NDArray[np.float32], *, crop_px: int, color_jitter: bool, rng: random.Random
+) -> tuple[Uint8, NDArray[np.float32]]:
+    """AffinityNet training (METHOD 1.1): colour jitter of the image, a joint crop and flip (p = .5); no rescale.
+
+    Both are `crop_px` squares, padded with 0: the caller normalises the image with its padding.
+    """
+    jitter = draw_jitter(rng, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1) if color_jitter else Jitter(())
+    box = draw_crop(rng, height=image_HW3.shape[0], width=image_HW3.shape[1], crop_px=crop_px)
+    image = apply_crop(jitter_color(image_HW3, jitter), box, fill=0)
+    score_HWX = apply_crop(np.moveaxis(score_XHW, 0, -1), box, fill=0)
+    if draw_flip(rng):
+        image, score_HWX = flip(image), flip(score_HWX)
+    return image, np.ascontiguousarray(np.moveaxis(score_HWX, -1, 0))
+
+
 def augment_segment(
-    image_HW3: Uint8, label_HW: Uint8, *, scale: tuple[float, float], crop_px: int, rng: random.Random
+    image_HW3: Uint8, label_HW: Uint8, *, scale: tuple[float, float], hsv: bool, crop_px: int, rng: random.Random
 ) -> tuple[Uint8, Uint8, CropBox]:
     """Segmentation training (METHOD 1.1: DeepLab): HSV shift, flip p = .5, scale, crop; image, label and the crop.
 
     Returned uncropped: normalise the image, then `apply_crop` with fill 0 for the image and 255 for the label.
     """
-    image, label = shift_hsv(image_HW3, draw_hsv(rng, SEGMENT_SHIFT)), label_HW
+    image = shift_hsv(image_HW3, draw_hsv(rng, SEGMENT_SHIFT)) if hsv else image_HW3
+    label = label_HW
     if draw_flip(rng):
         image, label = flip(image), flip(label)
     factor = draw_scale(rng, *scale)

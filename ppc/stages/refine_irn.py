@@ -18,13 +18,13 @@ from ppc.artifacts import Progress, StageDir
 from ppc.boundaries import walk_cam
 from ppc.cam import seed_from_cam
 from ppc.config import TrialConfig
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.figures import palette_png
 from ppc.irn_net import STRIDE, edges
 from ppc.places import StoragePath, size_of
 from ppc.stages.context import StageContext
-from ppc.stages.make_seeds import images_of
-from ppc.stages.train_irn import load_irn_net, whole_cam
+from ppc.stages.make_seeds import images_of, whole_cam
+from ppc.stages.train_irn import load_irn_net
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Shared:
     folder: StageDir
     seeds: StageDir
     weights: StoragePath
-    dataset: VocLayout
+    dataset: Dataset
 
 
 def run(context: StageContext) -> dict[str, Any]:

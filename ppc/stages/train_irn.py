@@ -20,7 +20,7 @@ from ppc.backbones import Normalisation, backbone_problem, build_backbone
 from ppc.boundaries import boundary_affinity, confident_labels, displacement_losses
 from ppc.config import IrnLabelsConfig, TrialConfig
 from ppc.crf import PRESETS, refine_seed
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.data.irn import IrnTrainSet
 from ppc.figures import palette_png
 from ppc.irn_net import STRIDE, IrnNet, head_groups, levels_problem
@@ -29,7 +29,7 @@ from ppc.places import StoragePath, size_of
 from ppc.prototypes import Workers
 from ppc.seeding import derive_seed
 from ppc.stages.context import StageContext
-from ppc.stages.make_seeds import read_cam
+from ppc.stages.make_seeds import seedless, whole_cam
 from ppc.stages.training import Payload, job_of, load_trained, train_net
 from ppc.train import Job, gather, rank
 
@@ -43,12 +43,14 @@ class Shared:
     cfg: IrnLabelsConfig
     folder: StageDir
     seeds: StageDir
-    dataset: VocLayout
+    dataset: Dataset
 
 
 def run(context: StageContext) -> dict[str, Any]:
     """Write the labels that are not there yet, then train."""
     cfg, dataset = context.cfg, context.dataset
+    if (problem := seedless(cfg, dataset)) is not None:
+        raise ValueError(problem)
     ids = list(dataset.ids(cfg.data.train_split))
     progress = Progress(context.folder / "progress.json", total=len(ids), unit="image", used=context.rt.meter.read)
     shared = Shared(cfg.irn.labels, context.folder, context.inputs["make_seeds"], dataset)
@@ -81,14 +83,6 @@ def label_chunk(shared: Shared, ids: Sequence[str], device: torch.device) -> Non
             for score in (shared.cfg.fg_score, shared.cfg.bg_score)
         )
         palette_png(confident_labels(fg_label_HW, bg_label_HW).numpy(), path)
-
-
-def whole_cam(seeds: StageDir, image_id: str) -> tuple[Any, Any]:
-    """Keys and CAM (K,H,W) of an image; ValueError with the remedy when make_seeds did not leave them whole."""
-    loaded = read_cam(seeds / "cams" / f"{image_id}.npz")
-    if loaded is None:
-        raise ValueError(f"{seeds / 'cams'} has no whole CAM of {image_id}; delete {seeds.path}")
-    return loaded
 
 
 # -- training
@@ -168,8 +162,10 @@ def load_irn_net(cfg_json: str, path: StoragePath, device: torch.device) -> tupl
 # -- what a config asks for and cannot get
 
 
-def irn_problems(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
-    """What keeps IRNet from being trained, as (dotted field, problem)."""
+def problems(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
+    """What of section irn cannot be, as (dotted field, problem)."""
+    if "train_irn" not in cfg.stages:
+        return
     crop_px, radius = cfg.irn.train.crop_px, cfg.irn.radius
     if crop_px % CROP_STEP:
         yield "irn.train.crop_px", f"{crop_px} is not a multiple of {CROP_STEP}"
@@ -181,12 +177,6 @@ def irn_problems(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
         )
     if cfg.irn.labels.crf_preset not in PRESETS:
         yield "irn.labels.crf_preset", f"no preset {cfg.irn.labels.crf_preset!r}; there are {', '.join(PRESETS)}"
-    if cfg.data.train_split not in cfg.seeds.splits:
-        yield (
-            "seeds.splits",
-            f"train_irn takes its labels from the CAMs of data.train_split {cfg.data.train_split}, which is not among "
-            f"[{', '.join(cfg.seeds.splits)}]: add it",
-        )
     backbone = cfg.backbone_of("irn")
     if (problem := _levels_problem(backbone.name, backbone.output_stride)) is not None:
         yield "irn.backbone.name", f"{backbone.name} {problem}"
