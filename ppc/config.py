@@ -230,6 +230,9 @@ class SeedsConfig(Section):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.5, 1.0, 1.5, 2.0), min_length=1, description="input scales, each with its mirror"
     )
+    merge: Literal["method", "irn"] = Field(
+        "method", description="how their maps become a CAM: as the method does, or as IRN does"
+    )
     protocol: Literal["fixed", "best_on_train", "val_subset"] = Field(
         "best_on_train",
         description="who picks the background score: nobody; the masks of data.train_split, which must be one of "
@@ -345,11 +348,72 @@ class PsaConfig(Section):
         return filled
 
 
+class IrnLabelsConfig(Section):
+    """IRN's labels: the classes that a CAM is sure of, and the background that it is sure of (METHOD 10)."""
+
+    fg_score: Fraction = Field(0.30, gt=0, lt=1, description="background score above which a pixel has its class")
+    bg_score: Fraction = Field(0.05, gt=0, lt=1, description="background score below which a pixel is background")
+    crf_preset: str = Field("irn_label", description="a name of crf.PRESETS, of the CRF after both scores")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IrnLabelsConfig:
+        if self.bg_score > self.fg_score:
+            raise ValueError(f"bg_score {self.bg_score} is above fg_score {self.fg_score}: no pixel would be unsure")
+        return self
+
+
+class IrnTrainConfig(OptimConfig):
+    """Training of IRNet's two branches over a fixed backbone (METHOD 1.2)."""
+
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(32, ge=1, description="images of the global batch, over all workers")
+    crop_px: int = Field(512, ge=32, description="side of a crop, pixels; a multiple of 16")
+    learning_rate: float = Field(0.1, gt=0, description="of the edge branch's weights")
+    new_layer_lr_mult: float = Field(10.0, gt=0, description="of the displacement branch")
+    bias_lr_mult: float = Field(1.0, gt=0, description="of biases and GroupNorm; all weights decay, these too")
+    weight_decay: float = Field(1e-4, ge=0)
+
+
+class IrnWalkConfig(Section):
+    """The random walk over IRNet's boundaries (METHOD 10)."""
+
+    radius: int = Field(5, ge=2, description="reach of a step, cells of 4 pixels; all pairs nearer than it")
+    beta: float = Field(10.0, gt=0, description="power of the affinities")
+    log2_steps: int = Field(8, ge=0, le=16, description="the walk takes 2^log2_steps steps")
+    bg_score: Fraction = Field(0.25, ge=0, lt=1, description="background score of the walked maps over their maximum")
+
+
 class IrnConfig(Section):
     """IRN: labels between classes, IRNet, and the random walk over its boundaries (METHOD 10)."""
 
+    preset: Literal["official", "paper"] = Field(
+        "official",
+        description="fills train.momentum where it is not given; paper: 0.9, which the official code intends",
+    )
     backbone: OwnBackbone = Field(default_factory=OwnBackbone)
-    train: OptimConfig = Field(default_factory=OptimConfig)
+    labels: IrnLabelsConfig = Field(default_factory=IrnLabelsConfig)
+    radius: int = Field(10, ge=2, description="pairs nearer than it train the net, cells of 4 pixels")
+    scale: tuple[float, float] = Field(
+        (0.5, 1.5), description="range of the training images' scale, both ends included"
+    )
+    train: IrnTrainConfig = Field(default_factory=IrnTrainConfig)
+    walk: IrnWalkConfig = Field(default_factory=IrnWalkConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "paper":
+            train = values.get("train", {})
+            if isinstance(train, dict):
+                return {**values, "train": {"momentum": 0.9, **train}}
+        return values
+
+    @field_validator("scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"expected 0 < low <= high, got {value}")
+        return value
 
 
 class SegTestConfig(Section):
@@ -524,10 +588,17 @@ class TrialConfig(Section):
             if self.method.name in ONE_VIEW:
                 unread.add("map_source")  # there is no refined map
         elif section == "seeds":
-            # `overlays` decides no number and stays in the key all the same: a finished stage is not run again, so a
-            # trial that asks for other overlays than the one before it would not get them.
-            if self.seeds.protocol != "fixed":
-                unread.add("bg_score")
-            if self.seeds.protocol != "val_subset":
-                unread |= {"val_subset_split", "val_subset_images"}
+            unread |= self._unread_seeds()
+        return unread
+
+    def _unread_seeds(self) -> set[str]:
+        # `overlays` decides no number and stays in the key all the same: a finished stage is not run again, so a trial
+        # that asks for other overlays than the one before it would not get them.
+        unread: set[str] = set()
+        if self.seeds.merge == "method":
+            unread.add("merge")  # the method decides
+        if self.seeds.protocol != "fixed":
+            unread.add("bg_score")
+        if self.seeds.protocol != "val_subset":
+            unread |= {"val_subset_split", "val_subset_images"}
         return unread

@@ -236,6 +236,9 @@ TINY: dict[str, Any] = {
     "train.epochs": 1, "train.batch_size": 4, "train.crop_px": 48, "train.resize_long_px": [48, 64],
     "train.precision": "fp32",
     "seeds.scales": [1.0], "seeds.val_subset_images": 4, "seeds.overlays": 2,
+    "irn.backbone.name": "same", "irn.backbone.output_stride": 8, "irn.backbone.weights": None,
+    "irn.backbone.normalisation": "auto", "irn.radius": 4, "irn.walk.log2_steps": 4,
+    "irn.train.epochs": 1, "irn.train.batch_size": 4, "irn.train.crop_px": 48, "irn.train.precision": "fp32",
     "psa.backbone.name": "same", "psa.backbone.weights": None, "psa.backbone.normalisation": "auto",
     "psa.backbone.output_stride": 8, "psa.train.epochs": 1, "psa.train.batch_size": 4, "psa.train.crop_px": 128,
     "psa.train.precision": "fp32", "psa.walk.fit_radius": True,
@@ -255,6 +258,7 @@ def _room(values: dict[str, Any], kept: Kept) -> None:
     for small, large in (
         ("views.target_px", "train.crop_px"),
         ("train.batch_size", images),
+        ("irn.train.batch_size", images),
         ("psa.train.batch_size", images),
     ):
         if large not in kept:

@@ -42,6 +42,7 @@ from ppc.stages import (
 )
 from ppc.stages.make_seeds import seedless
 from ppc.stages.products import products_of, splits_of
+from ppc.stages.train_irn import problems as irn_problems
 from ppc.stages.train_psa import problems as psa_problems
 from ppc.train import TrainingStopped
 
@@ -253,6 +254,7 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
     if cfg.data.name != "scenes" and cfg.data.root is None:
         yield "data.root", "name the folder of the dataset, for instance --set data.root=VOC2012"
     yield from psa_problems(cfg)
+    yield from irn_problems(cfg)
     try:
         plan_stages(cfg, {})
     except ValueError as error:
@@ -324,7 +326,7 @@ def check_data(cfg: TrialConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
         batch_size = optim_of(cfg, section).batch_size
         if stage in cfg.stages and batch_size > images:
             yield f"{section}.batch_size", f"{batch_size} is more than the {images} images of {cfg.data.train_split}"
-    if "train_psa" in cfg.stages and (problem := seedless(cfg, dataset)) is not None:
+    if {"train_psa", "train_irn"} & {*cfg.stages} and (problem := seedless(cfg, dataset)) is not None:
         yield "seeds.splits", problem
     if "train_seg" in cfg.stages and cfg.segmentation.masks == "truth":
         if not dataset.has_masks(cfg.data.train_split):

@@ -222,3 +222,17 @@ def augment_segment(
     factor = draw_scale(rng, *scale)
     image, label = rescale_cv(image, factor, nearest=False), rescale_cv(label, factor, nearest=True)
     return image, label, draw_crop(rng, height=image.shape[0], width=image.shape[1], crop_px=crop_px)
+
+
+def augment_irn(
+    image_HW3: Uint8, label_HW: Uint8, *, scale: tuple[float, float], crop_px: int, rng: random.Random
+) -> tuple[Uint8, Uint8, CropBox]:
+    """IRNet's training (METHOD 1.1: IRN irn): scale, flip p = .5, crop; image, label and the crop.
+
+    Returned uncropped: normalise the image, then `apply_crop` with fill 0 for the image and 255 for the label.
+    """
+    factor = draw_scale(rng, *scale)
+    image, label = rescale(image_HW3, factor, nearest=False), rescale(label_HW, factor, nearest=True)
+    if draw_flip(rng):
+        image, label = flip(image), flip(label)
+    return image, label, draw_crop(rng, height=image.shape[0], width=image.shape[1], crop_px=crop_px)

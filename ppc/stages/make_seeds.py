@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ppc.artifacts import Progress, StageDir
-from ppc.cam import merge_scales, seed_from_cam
+from ppc.cam import NormRule, merge_scales, seed_from_cam
 from ppc.config import TrialConfig
 from ppc.data import Dataset
 from ppc.faults import StorageError
@@ -148,7 +148,7 @@ def infer_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> 
             keys = np.flatnonzero(dataset.image_label(image_id, split=split))
             image = dataset.image(image_id)
             views = [normalisation.apply(view) for view in scaled(image, cfg.seeds.scales)]
-            cam = infer_cam(net, views, keys, image.shape[:2], cfg.method.name, device)
+            cam = infer_cam(net, views, keys, image.shape[:2], cfg.method.name, device, rule=merge_rule(cfg))
             with atomic_write(path) as handle:
                 np.savez(handle, keys=keys, cam=cam)
             loaded = keys, cam
@@ -175,9 +175,21 @@ def scaled(image_HW3: Any, scales: Sequence[float]) -> list[Any]:
     ]
 
 
+def merge_rule(cfg: TrialConfig) -> NormRule:
+    """How the maps of an image's scales become its CAM."""
+    return METHODS[cfg.method.name].merge_rule if cfg.seeds.merge == "method" else cfg.seeds.merge
+
+
 @torch.inference_mode()
 def infer_cam(
-    net: CamNet, views: Sequence[Tensor], keys: Any, size: tuple[int, int], method: str, device: torch.device
+    net: CamNet,
+    views: Sequence[Tensor],
+    keys: Any,
+    size: tuple[int, int],
+    method: str,
+    device: torch.device,
+    *,
+    rule: NormRule,
 ) -> Any:
     """Multi-scale and mirrored CAM (K,H,W) float32 of an image's own classes (METHOD 3, 4.3)."""
     index = torch.as_tensor(keys, device=device)
@@ -185,7 +197,7 @@ def infer_cam(
     for view in views:
         pair = torch.stack([view, view.flip(-1)]).to(device)
         maps += list(METHODS[method].class_maps(net(pair), (pair.shape[2], pair.shape[3]))[:, index])
-    return merge_scales(maps, size=size, rule=METHODS[method].merge_rule).cpu().numpy()
+    return merge_scales(maps, size=size, rule=rule).cpu().numpy()
 
 
 def read_cam(path: StoragePath) -> tuple[Any, Any] | None:
