@@ -41,6 +41,9 @@ RuntimeSetOption = Annotated[
     list[str], typer.Option("--set", metavar="runtime.X=VALUE", help="Change how what is left runs; repeatable.")
 ]
 TinyOption = Annotated[bool, typer.Option("--tiny", help="Shrink to seconds: generated images, one epoch.")]
+ScenesOption = Annotated[
+    bool, typer.Option("--scenes", help="The whole design on the generated scenes, at a size for two CPUs.")
+]
 LocalOption = Annotated[bool, typer.Option("--local", help="On this machine alone, without Ray and MLflow.")]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, or `auto`. Default: one on this machine.")]
 CpusOption = Annotated[int | None, typer.Option(help="CPUs of the cluster that is started here.")]
@@ -76,6 +79,7 @@ def run(
     storage: StorageOption = DEFAULT_STORAGE,
     sets: SetOption = [],  # noqa: B006  (typer wants a plain default)
     tiny: TinyOption = False,
+    scenes: ScenesOption = False,
     local: LocalOption = False,
     address: AddressOption = None,
     num_cpus: CpusOption = None,
@@ -87,14 +91,16 @@ def run(
     from ppc.loading import load_trial
     from ppc.study import TrialSpec
     from ppc.study_config import DesignConfig, StudyConfig, Variant
+    from ppc.twins import as_twin, name_of, twin_of
 
-    trial = load_trial(config, overrides=sets, shrink=tiny)
-    name = f"run-{config.stem}" + ("-tiny" if tiny else "")
+    twin = twin_of(tiny=tiny, scenes=scenes)
+    trial = load_trial(config, overrides=sets, shrink=lambda raw: as_twin(raw, twin))
+    name = name_of(f"run-{config.stem}", twin)
     design = DesignConfig(kind="list", variants=[Variant(name=name)])
     study = StudyConfig(name=name, design=design, trial_seeds=[trial.seed])
     spec = TrialSpec(name, {}, trial.seed, trial)
     store = _storage(storage)
-    definition = define(study, [spec], name, store, any_metric=True)
+    definition = define(study, [spec], name, store, any_metric=True, twin=twin)
     _run_defined(
         definition, store, Where(local, address, num_cpus, None, "none" if local else tracking, ui=_beside_a_user())
     )
@@ -106,6 +112,7 @@ def study_launch(
     storage: StorageOption = DEFAULT_STORAGE,
     sets: SetOption = [],  # noqa: B006
     tiny: TinyOption = False,
+    scenes: ScenesOption = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and stop.")] = False,
     local: LocalOption = False,
     address: AddressOption = None,
@@ -118,17 +125,21 @@ def study_launch(
     from ppc.config import TrialConfig
     from ppc.launch import Where, define, define_search
     from ppc.loading import load_study
+    from ppc.published import check_published
     from ppc.search import describe, shrunk, start
     from ppc.study import baseline, expand, shared_base
     from ppc.trial import check_trial
+    from ppc.twins import study_of, twin_of
 
+    twin = twin_of(tiny=tiny, scenes=scenes)
     study = load_study(file, overrides=sets)
-    if tiny:
-        study = shrunk(study).model_copy(update={"name": f"{study.name}-tiny"})
+    study = shrunk(study) if twin == "tiny" else study
     of_trial = [item for item in sets if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
-    specs = expand(study, overrides=of_trial, tiny=tiny, check=check_trial)
+    specs = expand(study, overrides=of_trial, twin=twin, check=check_trial)
+    check_published(study, overrides=of_trial)
+    base = shared_base(study, overrides=of_trial, twin=twin)
+    study = study_of(study, twin)
     searched = study.design.kind == "search"
-    base = shared_base(study, overrides=of_trial, tiny=tiny)
     if dry_run:
         if searched:
             console.print("\n".join(describe(study)), highlight=False, markup=False, soft_wrap=True)
@@ -141,9 +152,9 @@ def study_launch(
         return
     store = _storage(storage)
     if searched:
-        definition = define_search(study, base, store)
+        definition = define_search(study, base, store, twin=twin)
     else:
-        definition = define(study, specs, baseline(study, specs), store)
+        definition = define(study, specs, baseline(study, specs), store, twin=twin)
     _run_defined(
         definition,
         store,

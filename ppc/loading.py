@@ -6,7 +6,7 @@ A raw config is a tree of `Raw` mappings and plain values; each `Raw` remembers 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from ppc.study_config import StudyConfig
 
 Override = str | tuple[str, Any]
 Kept = Mapping[str, Collection[Any]]
-STUDY_FIELDS = tuple(name for name in StudyConfig.model_fields if name not in ("base", "design", "tiny"))
+UNSETTABLE = ("base", "design", "tiny", "scenes", "published")  # from outside
+STUDY_FIELDS = tuple(name for name in StudyConfig.model_fields if name not in UNSETTABLE)
 
 # -- reading
 
@@ -204,7 +205,7 @@ def override_study(raw: Mapping[str, Any], item: Override) -> Raw:
     problem = check_path(path, origin)
     if problem is not None and (close := get_close_matches(path, STUDY_FIELDS, n=1, cutoff=0.75)):
         problem = Problem(origin, path, f"no such field; did you mean {close[0]}?")
-    elif path.partition(".")[0] in ("design", "tiny"):
+    elif path.partition(".")[0] in UNSETTABLE:
         problem = Problem(origin, path, "cannot be set from outside; change it in the file")
     elif problem is None and get(raw, "design.kind", "") == "grid" and path in get(raw, "design.axes", {}):
         problem = Problem(origin, path, "is an axis of this study, so an override of it would have no effect")
@@ -229,19 +230,29 @@ def override_all(raw: Mapping[str, Any], items: Iterable[Override], *, study: bo
 
 # -- tiny
 
+OTHER_NETS = ("psa", "irn", "segmentation")  # sections of the nets that are not the CAM net
+OWN_BACKBONE: dict[str, Any] = {"name": "same", "weights": None, "output_stride": 8, "normalisation": "auto"}
+TINY_OPTIM: dict[str, Any] = {"epochs": 1, "batch_size": 4, "crop_px": 48, "precision": "fp32"}
 TINY: dict[str, Any] = {
     "data.root": None, "data.scenes.num_train": 8, "data.scenes.num_val": 4, "data.scenes.image_px": 48,
     "backbone.name": "tiny", "backbone.weights": None, "backbone.normalisation": "auto",
     "contrast.projector_dim": 16, "views.target_px": 32,
     "train.epochs": 1, "train.batch_size": 4, "train.crop_px": 48, "train.resize_long_px": [48, 64],
     "train.precision": "fp32",
+    **{f"{net}.train.{name}": value for net in OTHER_NETS for name, value in TINY_OPTIM.items()},
     "seeds.scales": [1.0], "seeds.val_subset_images": 4, "seeds.overlays": 2,
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
 TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another dataset
     "data.name": "scenes", "data.labels": "auto", "data.train_split": "train",
-    "seeds.splits": ["train"], "seeds.val_subset_split": "val",
+    "seeds.splits": ["train"], "seeds.val_subset_split": "val", "segmentation.test.splits": ["val"],
 }  # fmt: skip
+
+
+def one_backbone(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Dotted fields that make all nets of a raw trial look at `backbone`, where one has its own."""
+    own = [net for net in OTHER_NETS if isinstance(get(raw, f"{net}.backbone", None), Mapping)]
+    return {f"{net}.backbone.{name}": value for net in own for name, value in OWN_BACKBONE.items()}
 
 
 def _room(values: dict[str, Any], kept: Kept) -> None:
@@ -257,7 +268,7 @@ def tiny(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, keep
     `keep`: dotted fields that stay as they are, with the values that they take, for which crop and split are made large
     enough. `extra` (dotted field -> value) has the last word.
     """
-    values = {**TINY, **(TINY_DATA if get(raw, "data.name", "scenes") != "scenes" else {})}
+    values = {**TINY, **one_backbone(raw), **(TINY_DATA if get(raw, "data.name", "scenes") != "scenes" else {})}
     if get(raw, "views.target_px", 0) is None:
         values.pop("views.target_px")  # a view that is not rescaled stays so
     _room(values, keep := keep or {})
@@ -336,11 +347,13 @@ def validate_study(raw: Mapping[str, Any], source: str | Path) -> StudyConfig:
     return study
 
 
-def load_trial(path: str | Path, *, overrides: Sequence[Override] = (), shrink: bool = False) -> TrialConfig:
-    """The trial in a file; `shrink` (--tiny) comes before the overrides, which so have the last word."""
+def load_trial(
+    path: str | Path, *, overrides: Sequence[Override] = (), shrink: Callable[[Raw], Raw] = lambda raw: raw
+) -> TrialConfig:
+    """The trial in a file; `shrink` (--tiny, --scenes) comes before the overrides, which so have the last word."""
     raw = load_yaml(path)
     if "design" not in raw and "base" not in raw:
-        raw = override_all(tiny(raw) if shrink else raw, overrides)
+        raw = override_all(shrink(raw), overrides)
     return validate_trial(raw, path)
 
 
