@@ -230,16 +230,12 @@ def override_all(raw: Mapping[str, Any], items: Iterable[Override], *, study: bo
 
 # -- tiny
 
-OTHER_NETS = ("psa", "irn", "segmentation")  # sections of the nets that are not the CAM net
-OWN_BACKBONE: dict[str, Any] = {"name": "same", "weights": None, "output_stride": 8, "normalisation": "auto"}
-TINY_OPTIM: dict[str, Any] = {"epochs": 1, "batch_size": 4, "crop_px": 48, "precision": "fp32"}
 TINY: dict[str, Any] = {
     "data.root": None, "data.scenes.num_train": 8, "data.scenes.num_val": 4, "data.scenes.image_px": 48,
     "backbone.name": "tiny", "backbone.weights": None, "backbone.normalisation": "auto",
     "contrast.projector_dim": 16, "views.target_px": 32,
     "train.epochs": 1, "train.batch_size": 4, "train.crop_px": 48, "train.resize_long_px": [48, 64],
     "train.precision": "fp32",
-    **{f"{net}.train.{name}": value for net in OTHER_NETS for name, value in TINY_OPTIM.items()},
     "seeds.scales": [1.0], "seeds.val_subset_images": 4, "seeds.overlays": 2,
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
@@ -247,12 +243,6 @@ TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another 
     "data.name": "scenes", "data.labels": "auto", "data.train_split": "train",
     "seeds.splits": ["train"], "seeds.val_subset_split": "val", "segmentation.test.splits": ["val"],
 }  # fmt: skip
-
-
-def one_backbone(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Dotted fields that make all nets of a raw trial look at `backbone`, where one has its own."""
-    own = [net for net in OTHER_NETS if isinstance(get(raw, f"{net}.backbone", None), Mapping)]
-    return {f"{net}.backbone.{name}": value for net in own for name, value in OWN_BACKBONE.items()}
 
 
 def _room(values: dict[str, Any], kept: Kept) -> None:
@@ -268,7 +258,7 @@ def tiny(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, keep
     `keep`: dotted fields that stay as they are, with the values that they take, for which crop and split are made large
     enough. `extra` (dotted field -> value) has the last word.
     """
-    values = {**TINY, **one_backbone(raw), **(TINY_DATA if get(raw, "data.name", "scenes") != "scenes" else {})}
+    values = {**TINY, **(TINY_DATA if get(raw, "data.name", "scenes") != "scenes" else {})}
     if get(raw, "views.target_px", 0) is None:
         values.pop("views.target_px")  # a view that is not rescaled stays so
     _room(values, keep := keep or {})

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ppc.loading import OTHER_NETS, Kept, get, one_backbone, place, tiny
-from ppc.schema import ConfigError, Problem, Raw, check_path
+from ppc.loading import Kept, get, place, tiny
+from ppc.schema import ConfigError, Problem, Raw, check_path, fields
 from ppc.study_config import AxisRange, DesignConfig, StudyConfig, Twin
 
+OTHER_NETS = ("psa", "irn", "segmentation")  # sections of the nets that are not the CAM net
+OWN_BACKBONE: dict[str, Any] = {"name": "same", "weights": None, "output_stride": 8, "normalisation": "auto"}
 SCENES_OPTIM: dict[str, Any] = {
     "batch_size": 8, "crop_px": 96, "learning_rate": 0.01, "momentum": 0.9, "precision": "fp32",
 }  # fmt: skip
@@ -20,6 +22,9 @@ SCENES: dict[str, Any] = {  # as experiments/scenes_base.yaml; nets beside the C
     **{f"train.{name}": value for name, value in SCENES_OPTIM.items()},
     **{f"{net}.train.epochs": 4 for net in OTHER_NETS},
     **{f"{net}.train.{name}": value for net in OTHER_NETS for name, value in SCENES_OPTIM.items()},
+    **{f"{net}.backbone.{name}": value for net in OTHER_NETS for name, value in OWN_BACKBONE.items()},
+    # after few hundred steps the official 3e-4 leaves BatchNorm with the statistics that it began with
+    "segmentation.bn_momentum_backbone": 0.1, "segmentation.bn_momentum_head": 0.1,
     "segmentation.test.splits": ["val"],
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
 }  # fmt: skip
@@ -28,6 +33,7 @@ SCENES: dict[str, Any] = {  # as experiments/scenes_base.yaml; nets beside the C
 SHRINK = {
     "views.target_px": 0.5,
     "views.translate_px": 0.5,
+    "train.resize_long_px": 96 / 448,
     **{f"{section}.crop_px": 96 / 448 for section in ("train", *(f"{net}.train" for net in OTHER_NETS))},
 }
 SPLITS = {"train": "train", "val": "val", "train_aug": "train"}  # of VOC -> of the scenes, which have no others
@@ -77,11 +83,11 @@ def scenes(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, ke
     """
     out = Raw(raw)
     if not on_scenes(raw):
-        for path, value in {**SCENES, **one_backbone(raw)}.items():
-            out = out if path in (keep or {}) else place(out, path, value, "--scenes")
+        set_here = {path: value for path, value in SCENES.items() if path in fields() and path not in (keep or {})}
+        for path, value in set_here.items():
+            out = place(out, path, value, "--scenes")
         for path in (*SHRINK, "seeds.splits", "seeds.val_subset_split"):
-            default = 128 if path == "views.target_px" else None
-            if path not in SCENES and (value := get(raw, path, default)) is not None:
+            if path not in set_here and (value := get(raw, path, fields()[path].default)) is not None:
                 out = place(out, path, scaled(path, value), "--scenes")
     problems: list[Problem] = []
     for path, value in (extra or {}).items():
@@ -96,6 +102,8 @@ def scenes(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, ke
 
 def scaled(path: str, value: Any) -> Any:
     """A field's value at the size of the scenes; of a split, or splits, those that the scenes have."""
+    if path in SHRINK and isinstance(value, list | tuple):
+        return [scaled(path, one) for one in value]
     if path in SHRINK and isinstance(value, int | float) and not isinstance(value, bool):
         return round(value * SHRINK[path])
     if path in ("data.train_split", "seeds.val_subset_split"):
