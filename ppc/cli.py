@@ -73,6 +73,19 @@ def _run_defined(definition: dict[str, Any], storage: Any, where: Any) -> None:
     raise typer.Exit(run_study(storage, definition["name"], where, console, definition))
 
 
+def _print_cost(configs: list[Any], storage: Any, measured: bool) -> None:
+    from ppc.estimate import costs, remarks, table
+    from ppc.estimate import measured as rates
+    from ppc.measure import measure
+    from ppc.report import align
+
+    if measured:
+        measure(configs, storage, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+    found = costs(configs, rates(storage))
+    for text in [*align(table(found)), *remarks(found)]:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="YAML file of one trial.")],
@@ -113,7 +126,8 @@ def study_launch(
     sets: SetOption = [],  # noqa: B006
     tiny: TinyOption = False,
     scenes: ScenesOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and stop.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and what they cost, and stop.")] = False,
+    measured: Annotated[bool, typer.Option("--measure", help="With --dry-run: time a few real steps here.")] = False,
     local: LocalOption = False,
     address: AddressOption = None,
     num_cpus: CpusOption = None,
@@ -149,7 +163,10 @@ def study_launch(
             factors = ", ".join(f"{path}={value}" for path, value in spec.factors.items())
             console.print(f"{spec.variant}  seed {spec.seed}  {factors}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"{len(specs)} trials", highlight=False, markup=False)
+        _print_cost([spec.config for spec in specs], _storage(storage), measured)
         return
+    if measured:
+        raise ValueError("--measure goes with --dry-run, which says what the study will cost")
     store = _storage(storage)
     if searched:
         definition = define_search(study, base, store, twin=twin)
