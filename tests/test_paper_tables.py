@@ -21,8 +21,8 @@ from ppc.twins import study_of
 
 PAPER = Path(__file__).parent.parent / "experiments" / "paper"
 TABLES = sorted(PAPER.glob("table*.yaml"))
-# Tables 1 to 4 need what other branches bring: stages train_psa, refine_psa, train_irn, refine_irn, train_seg, predict_seg
-# and the fields of their sections. WAITS FOR THE MERGE: after it this is False, and the mark can go.
+# Tables 1 to 4 need what other branches bring: stages train_psa, refine_psa, train_irn, refine_irn, train_seg and
+# predict_seg, and the fields of their sections. WAITS FOR THE MERGE: after it this is False, and the mark can go.
 WAITS = not {"train_psa", "train_irn", "train_seg"} <= set(STAGES) or "segmentation.head" not in fields()
 LATER = ("table1", "table2", "table3", "table4")
 
