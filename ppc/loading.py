@@ -6,7 +6,7 @@ A raw config is a tree of `Raw` mappings and plain values; each `Raw` remembers 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from ppc.study_config import StudyConfig
 
 Override = str | tuple[str, Any]
 Kept = Mapping[str, Collection[Any]]
-STUDY_FIELDS = tuple(name for name in StudyConfig.model_fields if name not in ("base", "design", "tiny"))
+UNSETTABLE = ("base", "design", "tiny", "scenes", "published")  # from outside
+STUDY_FIELDS = tuple(name for name in StudyConfig.model_fields if name not in UNSETTABLE)
 
 # -- reading
 
@@ -204,7 +205,7 @@ def override_study(raw: Mapping[str, Any], item: Override) -> Raw:
     problem = check_path(path, origin)
     if problem is not None and (close := get_close_matches(path, STUDY_FIELDS, n=1, cutoff=0.75)):
         problem = Problem(origin, path, f"no such field; did you mean {close[0]}?")
-    elif path.partition(".")[0] in ("design", "tiny"):
+    elif path.partition(".")[0] in UNSETTABLE:
         problem = Problem(origin, path, "cannot be set from outside; change it in the file")
     elif problem is None and get(raw, "design.kind", "") == "grid" and path in get(raw, "design.axes", {}):
         problem = Problem(origin, path, "is an axis of this study, so an override of it would have no effect")
@@ -350,11 +351,13 @@ def validate_study(raw: Mapping[str, Any], source: str | Path) -> StudyConfig:
     return study
 
 
-def load_trial(path: str | Path, *, overrides: Sequence[Override] = (), shrink: bool = False) -> TrialConfig:
-    """The trial in a file; `shrink` (--tiny) comes before the overrides, which so have the last word."""
+def load_trial(
+    path: str | Path, *, overrides: Sequence[Override] = (), shrink: Callable[[Raw], Raw] = lambda raw: raw
+) -> TrialConfig:
+    """The trial in a file; `shrink` (--tiny, --scenes) comes before the overrides, which so have the last word."""
     raw = load_yaml(path)
     if "design" not in raw and "base" not in raw:
-        raw = override_all(tiny(raw) if shrink else raw, overrides)
+        raw = override_all(shrink(raw), overrides)
     return validate_trial(raw, path)
 
 

@@ -319,6 +319,7 @@ def study_schema() -> dict[str, Any]:
         **study["properties"],
         "base": {"$ref": "#/$defs/TrialConfig"},
         "tiny": fields_ref,
+        "scenes": fields_ref,
     }
     study.update(
         properties=properties,

@@ -336,8 +336,9 @@ def check_data(cfg: TrialConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
         yield "seeds.protocol", f"{seeds.protocol} needs masks of split {judge}; use seeds.protocol fixed"
 
 
-def metrics_of(cfg: TrialConfig, dataset: Dataset) -> list[str]:
-    """The metrics that a trial's stages and splits give, the one that says most last."""
+def metrics_of(cfg: TrialConfig, dataset: Dataset | None = None) -> list[str]:
+    """The metrics that a trial's stages and splits give, the one that says most last; without a dataset those that it
+    would give were there masks of all splits."""
     found = ["bg_score"] if "make_seeds" in cfg.stages else []
     if "evaluate" not in cfg.stages:
         return found
@@ -346,7 +347,7 @@ def metrics_of(cfg: TrialConfig, dataset: Dataset) -> list[str]:
         f"{product}_miou_{split}"
         for product in products_of(before)
         for split in reversed(splits_of(product, cfg))
-        if dataset.has_masks(split)
+        if dataset is None or dataset.has_masks(split)
     ]
 
 
