@@ -11,7 +11,7 @@ setup: $(VENV)/.installed
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[ray,mlflow,s3,search,timm,dev]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[ray,mlflow,s3,search,timm,coco,dev]" --constraint constraints.txt
 	touch $@
 
 demo: setup ## generate the data, run the study of K, print its table

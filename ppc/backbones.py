@@ -72,6 +72,14 @@ class Features(NamedTuple):
     conv6: Tensor
 
 
+class Level(NamedTuple):
+    """A feature map by the name that the net's `levels` knows it by; stride in input pixels a feature pixel."""
+
+    name: str
+    channels: int
+    stride: int
+
+
 class Parts(NamedTuple):
     """What a builder gives: a net whose forward returns three maps, and what is known of it."""
 
@@ -80,6 +88,7 @@ class Parts(NamedTuple):
     normalisation: Normalisation
     frozen: tuple[str, ...]  # prefixes of the parameters that are never trained
     ignored_weights: tuple[str, ...]  # prefixes of tensors that a weight file may have and this net has not
+    levels: tuple[Level, ...] = ()  # stride 4 and more, finest first; `net.levels(image, names)` gives them
 
 
 HEADS = ("fc8.", "fc_proj.", "f8_", "f9.")  # our own heads, in a checkpoint of a whole CAM net
@@ -93,6 +102,7 @@ class Backbone(nn.Module):
         self.name = name
         self.net = parts.net
         self.channels = parts.channels
+        self.level_info = parts.levels
         self.output_stride = output_stride
         self.normalisation = normalisation
         self.ignored_weights = (*parts.ignored_weights, *HEADS)
@@ -123,6 +133,21 @@ class Backbone(nn.Module):
         )
         return Features(conv4, conv5, conv6)
 
+    def levels(self, image_N3HW: Tensor) -> list[Tensor]:
+        """Normalised images to the maps of `level_info`, each ceil(H/stride) x ceil(W/stride) of its own stride.
+
+        For nets that read several strides (IRNet). A map of another size, of a net that pads less, is brought to that.
+        """
+        give: Callable[..., tuple[Tensor, ...]] = self.net.levels  # type: ignore[assignment]
+        maps = give(image_N3HW, tuple(level.name for level in self.level_info))
+        sized = []
+        for level, map_NDhw in zip(self.level_info, maps, strict=True):
+            size = tuple(-(-pixels // level.stride) for pixels in image_N3HW.shape[2:])
+            if map_NDhw.shape[2:] != size:
+                map_NDhw = F.interpolate(map_NDhw, size, mode="bilinear", align_corners=True)
+            sized.append(map_NDhw)
+        return sized
+
 
 @contextmanager
 def seeded_init(seed: int) -> Iterator[None]:
@@ -145,11 +170,16 @@ class _Taps(nn.Module):
         self.stage_names, self.taps, self.prefix = tuple(stages), taps, prefix
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.levels(x, self.taps)
+
+    def levels(self, x: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         holder = self.get_submodule(self.prefix)
         outputs = {}
         for name in self.stage_names:
-            x = outputs[name] = holder.get_submodule(name)(x)
-        return tuple(outputs[name] for name in self.taps)
+            x = holder.get_submodule(name)(x)
+            if name in names:
+                outputs[name] = x
+        return tuple(outputs[name] for name in names)
 
 
 def _dilate(modules: Iterable[nn.Module]) -> None:
@@ -172,7 +202,8 @@ def _resnet38d(output_stride: int) -> Parts:
     """Taps and frozen stem as METHOD 2."""
     _check_stride("resnet38d", output_stride, (8,))
     net = ResNet38d()
-    return Parts(net, net.CHANNELS, NORMALISATIONS["imagenet"], net.FROZEN, ("linear1000",))
+    levels = Level("conv3", 256, 4), Level("conv4", 512, 8), Level("conv5", 1024, 8), Level("conv6", 4096, 8)
+    return Parts(net, net.CHANNELS, NORMALISATIONS["imagenet"], net.FROZEN, ("linear1000",), levels)
 
 
 def _torchvision_resnet(name: str) -> Callable[[int], Parts]:
@@ -184,11 +215,31 @@ def _torchvision_resnet(name: str) -> Callable[[int], Parts]:
         _check_stride(name, output_stride, (8, 16, 32))
         dilated = [output_stride < 16, output_stride < 32]
         net = get_model(name, weights=None, replace_stride_with_dilation=[False, *dilated])
-        stages = {stage: child for stage, child in net.named_children() if stage not in ("avgpool", "fc")}
-        taps = _Taps(stages, ("layer2", "layer3", "layer4"))
-        return Parts(taps, (512, 1024, 2048), NORMALISATIONS["imagenet"], ("conv1.", "layer1."), ("fc.",))
+        return _resnet_parts(net, (4, 4, 8, min(16, output_stride), output_stride))
 
     return build
+
+
+def _resnet_parts(net: nn.Module, strides: tuple[int, ...], *, stem: int = 64) -> Parts:
+    stages = {stage: child for stage, child in net.named_children() if stage not in ("avgpool", "fc")}
+    taps = _Taps(stages, ("layer2", "layer3", "layer4"))
+    names, widths = ("maxpool", "layer1", "layer2", "layer3", "layer4"), (stem, 256, 512, 1024, 2048)
+    levels = tuple(Level(*level) for level in zip(names, widths, strides, strict=True))
+    return Parts(taps, widths[2:], NORMALISATIONS["imagenet"], ("conv1.", "layer1."), ("fc.",), levels)
+
+
+def _irn_resnet50(output_stride: int) -> Parts:
+    """IRN's ResNet50 (METHOD 10): strides 2, 2, 2, 1, no dilation; torchvision's weights fit it. Frozen: up to layer2.
+
+    Its CAM net detaches there. The official one trains the affine parameters of BatchNorm above; ours never does.
+    """
+    from torchvision.models import get_model
+
+    _check_stride("irn_resnet50", output_stride, (16,))
+    net = get_model("resnet50", weights=None)
+    for layer in (net.layer4[0].conv2, net.layer4[0].downsample[0]):
+        layer.stride = (1, 1)
+    return _resnet_parts(net, (4, 4, 8, 16, 16))._replace(frozen=("conv1.", "layer1.", "layer2."))
 
 
 def _resnet101s(output_stride: int) -> Parts:
@@ -204,9 +255,7 @@ def _resnet101s(output_stride: int) -> Parts:
     net.conv1, net.bn1 = nn.Sequential(*deep[:-2]), nn.BatchNorm2d(128)
     first: Any = net.layer1[0]
     first.conv1, first.downsample[0] = _kaiming_conv(128, 64, 1), _kaiming_conv(128, 256, 1)
-    stages = {stage: child for stage, child in net.named_children() if stage not in ("avgpool", "fc")}
-    taps = _Taps(stages, ("layer2", "layer3", "layer4"))
-    return Parts(taps, (512, 1024, 2048), NORMALISATIONS["imagenet"], ("conv1.", "layer1."), ("fc.",))
+    return _resnet_parts(net, (4, 4, 8, min(16, output_stride), output_stride), stem=128)
 
 
 def _kaiming_conv(in_ch: int, out_ch: int, kernel: int, *, stride: int = 1) -> nn.Conv2d:
@@ -228,7 +277,9 @@ def _squeezenet1_1(output_stride: int) -> Parts:
         features[8] = nn.MaxPool2d(3, stride=2, padding=1)
         _dilate(module for stage in features[8:] for module in stage.modules())
     taps = _Taps(dict(features.named_children()), ("7", "10", "12"), prefix="features")
-    return Parts(taps, (256, 384, 512), NORMALISATIONS["imagenet"], ("features.0.",), ("classifier.",))
+    fine = Level("2", 64, 4), Level("4", 128, 4), Level("7", 256, 8)
+    levels = (*fine, Level("10", 384, output_stride), Level("12", 512, output_stride))
+    return Parts(taps, (256, 384, 512), NORMALISATIONS["imagenet"], ("features.0.",), ("classifier.",), levels)
 
 
 def _efficientnet_b0(output_stride: int) -> Parts:
@@ -241,7 +292,9 @@ def _efficientnet_b0(output_stride: int) -> Parts:
         first = 4 if output_stride == 8 else 6
         _dilate(module for stage in features[first:] for module in stage.modules())
     taps = _Taps(dict(features.named_children()), ("3", "5", "8"), prefix="features")
-    return Parts(taps, (40, 112, 1280), NORMALISATIONS["imagenet"], ("features.0.",), ("classifier.",))
+    fine = Level("2", 24, 4), Level("3", 40, 8)
+    levels = (*fine, Level("5", 112, min(16, output_stride)), Level("8", 1280, output_stride))
+    return Parts(taps, (40, 112, 1280), NORMALISATIONS["imagenet"], ("features.0.",), ("classifier.",), levels)
 
 
 def _tiny(output_stride: int) -> Parts:
@@ -256,13 +309,16 @@ def _tiny(output_stride: int) -> Parts:
         nn.init.kaiming_normal_(conv.weight, nonlinearity="relu")
         stages[f"layer{i + 1}"] = nn.Sequential(conv, nn.GroupNorm(8, widths[i + 1]), nn.ReLU(inplace=True))
     taps = _Taps(stages, ("layer3", "layer4", "layer5"))
-    return Parts(taps, (96, 96, 128), NORMALISATIONS["imagenet"], (), ())
+    deep = Level("layer4", 96, output_stride), Level("layer5", 128, output_stride)
+    levels = (Level("layer2", 64, 4), Level("layer3", 96, 8), *deep)
+    return Parts(taps, (96, 96, 128), NORMALISATIONS["imagenet"], (), (), levels)
 
 
 BACKBONES: dict[str, Callable[[int], Parts]] = {
     "resnet38d": _resnet38d,
     "resnet50": _torchvision_resnet("resnet50"),
     "resnet101": _torchvision_resnet("resnet101"),
+    "irn_resnet50": _irn_resnet50,
     "resnet101s": _resnet101s,
     "squeezenet1_1": _squeezenet1_1,
     "efficientnet_b0": _efficientnet_b0,
@@ -272,16 +328,22 @@ TIMM = "timm:"
 
 
 class _TimmNet(nn.Module):
-    """The last three feature maps of a timm model, channels first."""
+    """The last three feature maps of a timm model, channels first; its levels are called by their place."""
 
-    def __init__(self, features: nn.Module, channels: tuple[int, int, int]) -> None:
+    def __init__(self, features: nn.Module, channels: tuple[int, ...]) -> None:
         super().__init__()
         self.model = features
         self.channels = channels
 
     def forward(self, image_N3HW: Tensor) -> tuple[Tensor, ...]:
-        maps = self.model(image_N3HW)[-3:]
-        pairs = zip(maps, self.channels, strict=True)
+        return self._all(image_N3HW)[-3:]
+
+    def levels(self, image_N3HW: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        maps = self._all(image_N3HW)
+        return tuple(maps[int(name)] for name in names)
+
+    def _all(self, image_N3HW: Tensor) -> tuple[Tensor, ...]:
+        pairs = zip(self.model(image_N3HW), self.channels, strict=True)
         return tuple(x if x.shape[1] == channels else x.permute(0, 3, 1, 2) for x, channels in pairs)
 
 
@@ -299,10 +361,11 @@ def _timm(model: str, output_stride: int) -> Parts:
         features = timm.create_model(model, pretrained=False, features_only=True, output_stride=output_stride)
     except TypeError:  # a model with a stride of its own
         features = timm.create_model(model, pretrained=False, features_only=True)
-    channels, strides = tuple(features.feature_info.channels()[-3:]), features.feature_info.reduction()
-    if strides[-1] != output_stride or len(channels) != 3:
+    channels, strides = tuple(features.feature_info.channels()), features.feature_info.reduction()
+    taps = channels[-3:]
+    if strides[-1] != output_stride or len(taps) != 3:
         raise ValueError(
-            f"backbone.output_stride: timm:{model} has stride {strides[-1]} and {len(channels)} feature maps, "
+            f"backbone.output_stride: timm:{model} has stride {strides[-1]} and {len(taps)} feature maps, "
             f"asked for stride {output_stride} and 3; set it to {strides[-1]} or take another model"
         )
     cfg = timm.get_pretrained_cfg(model)
@@ -310,7 +373,9 @@ def _timm(model: str, output_stride: int) -> Parts:
     if cfg is not None:
         normalisation = Normalisation(tuple(cfg.mean), tuple(cfg.std), 255.0, False)
     ignored = ("classifier.", "head.", "head_", "fc.", "norm.", "conv_head.", "bn2.", "conv_norm.")
-    return Parts(_TimmNet(features, channels), channels, normalisation, (), ignored)
+    found = enumerate(zip(channels, strides, strict=True))
+    levels = tuple(Level(str(place), width, stride) for place, (width, stride) in found if stride >= 4)
+    return Parts(_TimmNet(features, channels), taps, normalisation, (), ignored, levels)
 
 
 def build_backbone(

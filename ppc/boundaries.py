@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ppc.affinity import Displacement, PairLabels, Transition, displacements, transition, window
+from ppc.affinity import Displacement, PairLabels, Transition, displacements, random_walk, transition, window
 from ppc.prototypes import Workers
 
 EPS = 1e-5  # of the counts (METHOD 10)
@@ -79,7 +79,27 @@ def confident_labels(fg_label_HW: Tensor, bg_label_HW: Tensor, *, ignore: int = 
 
 
 def enlarge(walked_Chw: Tensor, *, size: tuple[int, int], stride: int) -> Tensor:
-    """Maps at `stride` to the image's size (H, W), over their largest value of all (METHOD 10)."""
+    """Maps at `stride` to the image's size (H, W), over their largest value of all (METHOD 10); 0 if they are empty."""
     full_CHW = F.interpolate(walked_Chw[None], scale_factor=stride, mode="bilinear", align_corners=False)[0]
     full_CHW = full_CHW[:, : size[0], : size[1]]
-    return full_CHW / full_CHW.max()
+    top = full_CHW.max()
+    return full_CHW / top if top > 0 else torch.zeros_like(full_CHW)
+
+
+@torch.no_grad()
+def walk_cam(cam_KHW: Tensor, edge_hw: Tensor, *, stride: int, radius: int, beta: float, log2_steps: int) -> Tensor:
+    """Spread an image's CAM over its boundary probabilities, (K,H,W) float64 with 1 as the largest value (METHOD 10).
+
+    The CAM's negative values count as 0. It comes to the grid, (H,W) over `stride` rounded up, without smoothing: it
+    has come from a coarser one. All 0 where no class has a pixel off the boundaries.
+    """
+    size = (cam_KHW.shape[1], cam_KHW.shape[2])
+    if tuple(edge_hw.shape) != tuple(-(-side // stride) for side in size):
+        raise ValueError(f"an edge map of {tuple(edge_hw.shape)} for a CAM of {size} pixels at stride {stride}")
+    if len(cam_KHW) == 0:
+        return torch.zeros_like(cam_KHW, dtype=torch.float64)
+    edge_hw = edge_hw.double()
+    grid_Khw = F.interpolate(cam_KHW.double()[None], edge_hw.shape, mode="bilinear", align_corners=False)[0]
+    step = boundary_transition(edge_hw, radius=radius, beta=beta)
+    walked_Khw = random_walk(grid_Khw.clamp(min=0) * (1 - edge_hw), step, log2_steps=log2_steps)
+    return enlarge(walked_Khw, size=size, stride=stride)

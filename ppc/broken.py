@@ -5,11 +5,11 @@ from __future__ import annotations
 from contextlib import suppress
 
 from ppc.artifacts import Storage, read_json, write_json
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.data.check import broken_images, raw_fingerprint
 
 
-def leave_out_broken(dataset: VocLayout, split: str, storage: Storage, *, with_labels: bool = True) -> None:
+def leave_out_broken(dataset: Dataset, split: str, storage: Storage, *, with_labels: bool = True) -> None:
     """Take the broken images off a split's list; without `with_labels` one that has no tags is not broken.
 
     What the check found is kept on storage under the fingerprint of what it read, so that it is made once for all
@@ -26,7 +26,7 @@ def leave_out_broken(dataset: VocLayout, split: str, storage: Storage, *, with_l
     dataset.leave_out(split, known["broken"])
 
 
-def skipped(dataset: VocLayout) -> dict[str, dict[str, object]]:
+def skipped(dataset: Dataset) -> dict[str, dict[str, object]]:
     """By split: the ids that were left out, and how many were listed."""
     return {
         split: {"ids": list(ids), "listed": len(set(dataset.ids(split))) + len(ids)}

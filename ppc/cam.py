@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5  # the official code's one constant for every denominator and floor
-NormRule = Literal["minmax", "max"]
+NormRule = Literal["minmax", "max", "irn"]
+IRN_CELL = 16  # pixels: the stride of IRN's CAM net
 
 
 def _is_channel(map_NChw: Tensor, channel: int) -> Tensor:
@@ -92,15 +93,19 @@ def merge_scales(maps: Sequence[Tensor], *, size: tuple[int, int], rule: NormRul
     """One image's CAM (K,H,W) in float32 from the maps of all scales and their mirrors.
 
     `maps` holds the (K,h,w) maps of the image's present classes in the order scale, scale mirrored, next scale, ...;
-    `size` is the image's (H, W). `minmax` is SEAM's and PPC's rule (METHOD 4.3), `max` is PSA's (METHOD 3).
+    `size` is the image's (H, W). `minmax` is SEAM's and PPC's rule (METHOD 4.3), `max` is PSA's (METHOD 3). `irn` is
+    `max` over maps that are brought to whole cells of 16 pixels and then cut to the image (METHOD 10).
     """
     assert len(maps) % 2 == 0 and maps, "maps come in pairs: a scale and its mirror"
     if maps[0].shape[0] == 0:  # an image without a foreground label; interpolate refuses it
         return torch.zeros((0, *size), device=maps[0].device)
     total_KHW = torch.zeros((maps[0].shape[0], *size), device=maps[0].device)
+    step = IRN_CELL if rule == "irn" else 1
+    covered = size[0] + -size[0] % step, size[1] + -size[1] % step
     for index, map_Khw in enumerate(maps):
-        full_KHW = F.interpolate(map_Khw[None].float(), size, mode="bilinear", align_corners=False)[0]
-        total_KHW = total_KHW + (full_KHW.flip(-1) if index % 2 else full_KHW)
+        full_KHW = F.interpolate(map_Khw[None].float(), covered, mode="bilinear", align_corners=False)[0]
+        full_KHW = full_KHW.flip(-1) if index % 2 else full_KHW
+        total_KHW = total_KHW + full_KHW[:, : size[0], : size[1]]
     if rule == "minmax":
         return minmax_norm(total_KHW)
     return total_KHW / (total_KHW.amax(dim=(-2, -1), keepdim=True) + EPS)

@@ -42,6 +42,9 @@ RuntimeSetOption = Annotated[
     list[str], typer.Option("--set", metavar="runtime.X=VALUE", help="Change how what is left runs; repeatable.")
 ]
 TinyOption = Annotated[bool, typer.Option("--tiny", help="Shrink to seconds: generated images, one epoch.")]
+ScenesOption = Annotated[
+    bool, typer.Option("--scenes", help="The whole design on the generated scenes, at a size for two CPUs.")
+]
 LocalOption = Annotated[bool, typer.Option("--local", help="On this machine alone, without Ray and MLflow.")]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, or `auto`. Default: one on this machine.")]
 CpusOption = Annotated[int | None, typer.Option(help="CPUs of the cluster that is started here.")]
@@ -71,12 +74,26 @@ def _run_defined(definition: dict[str, Any], storage: Any, where: Any) -> None:
     raise typer.Exit(run_study(storage, definition["name"], where, console, definition))
 
 
+def _print_cost(configs: list[Any], storage: Any, measured: bool) -> None:
+    from ppc.estimate import costs, remarks, table
+    from ppc.estimate import measured as rates
+    from ppc.measure import measure
+    from ppc.report import align
+
+    if measured:
+        measure(configs, storage, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+    found = costs(configs, rates(storage))
+    for text in [*align(table(found)), *remarks(found)]:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 @app.command()
 def run(
     config: Annotated[Path, typer.Argument(help="YAML file of one trial.")],
     storage: StorageOption = DEFAULT_STORAGE,
     sets: SetOption = [],  # noqa: B006  (typer wants a plain default)
     tiny: TinyOption = False,
+    scenes: ScenesOption = False,
     local: LocalOption = False,
     address: AddressOption = None,
     num_cpus: CpusOption = None,
@@ -88,14 +105,16 @@ def run(
     from ppc.loading import load_trial
     from ppc.study import TrialSpec
     from ppc.study_config import DesignConfig, StudyConfig, Variant
+    from ppc.twins import as_twin, name_of, twin_of
 
-    trial = load_trial(config, overrides=sets, shrink=tiny)
-    name = f"run-{config.stem}" + ("-tiny" if tiny else "")
+    twin = twin_of(tiny=tiny, scenes=scenes)
+    trial = load_trial(config, overrides=sets, shrink=lambda raw: as_twin(raw, twin))
+    name = name_of(f"run-{config.stem}", twin)
     design = DesignConfig(kind="list", variants=[Variant(name=name)])
     study = StudyConfig(name=name, design=design, trial_seeds=[trial.seed])
     spec = TrialSpec(name, {}, trial.seed, trial)
     store = _storage(storage)
-    definition = define(study, [spec], name, store, any_metric=True)
+    definition = define(study, [spec], name, store, any_metric=True, twin=twin)
     _run_defined(
         definition, store, Where(local, address, num_cpus, None, "none" if local else tracking, ui=_beside_a_user())
     )
@@ -107,7 +126,9 @@ def study_launch(
     storage: StorageOption = DEFAULT_STORAGE,
     sets: SetOption = [],  # noqa: B006
     tiny: TinyOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and stop.")] = False,
+    scenes: ScenesOption = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the trials and what they cost, and stop.")] = False,
+    measured: Annotated[bool, typer.Option("--measure", help="With --dry-run: time a few real steps here.")] = False,
     local: LocalOption = False,
     address: AddressOption = None,
     num_cpus: CpusOption = None,
@@ -119,17 +140,21 @@ def study_launch(
     from ppc.config import TrialConfig
     from ppc.launch import Where, define, define_search
     from ppc.loading import load_study
+    from ppc.published import check_published
     from ppc.search import describe, shrunk, start
     from ppc.study import baseline, expand, shared_base
     from ppc.trial import check_trial
+    from ppc.twins import study_of, twin_of
 
+    twin = twin_of(tiny=tiny, scenes=scenes)
     study = load_study(file, overrides=sets)
-    if tiny:
-        study = shrunk(study).model_copy(update={"name": f"{study.name}-tiny"})
+    study = shrunk(study) if twin == "tiny" else study
     of_trial = [item for item in sets if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
-    specs = expand(study, overrides=of_trial, tiny=tiny, check=check_trial)
+    specs = expand(study, overrides=of_trial, twin=twin, check=check_trial)
+    check_published(study, overrides=of_trial)
+    base = shared_base(study, overrides=of_trial, twin=twin)
+    study = study_of(study, twin)
     searched = study.design.kind == "search"
-    base = shared_base(study, overrides=of_trial, tiny=tiny)
     if dry_run:
         if searched:
             console.print("\n".join(describe(study)), highlight=False, markup=False, soft_wrap=True)
@@ -139,12 +164,15 @@ def study_launch(
             factors = ", ".join(f"{path}={value}" for path, value in spec.factors.items())
             console.print(f"{spec.variant}  seed {spec.seed}  {factors}", highlight=False, markup=False, soft_wrap=True)
         console.print(f"{len(specs)} trials", highlight=False, markup=False)
+        _print_cost([spec.config for spec in specs], _storage(storage), measured)
         return
+    if measured:
+        raise ValueError("--measure goes with --dry-run, which says what the study will cost")
     store = _storage(storage)
     if searched:
-        definition = define_search(study, base, store)
+        definition = define_search(study, base, store, twin=twin)
     else:
-        definition = define(study, specs, baseline(study, specs), store)
+        definition = define(study, specs, baseline(study, specs), store, twin=twin)
     _run_defined(
         definition,
         store,
@@ -279,25 +307,6 @@ def report(name: str, storage: OptionalStorageOption = None, address: ServerOpti
 
 
 @app.command()
-def figure(
-    name: str,
-    out: Annotated[Path, typer.Argument(help="PNG file to write.")],
-    storage: StorageOption = DEFAULT_STORAGE,
-    variant: Annotated[str | None, typer.Option(help="Row of the table. Default: the first.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Default: the first.")] = None,
-    images: Annotated[list[str], typer.Option("--image", help="Image id; repeatable.")] = [],  # noqa: B006
-) -> None:
-    """Draw image, CAM, seed, mask and truth of a trial."""
-    from ppc.gallery import gallery, pick_row, save_picture
-    from ppc.ledger import read_rows
-
-    store = _storage(storage)
-    row = pick_row(read_rows(store, store.study(name).definition()), variant, seed)
-    save_picture(gallery(store, row, images), out)
-    console.print(f"{out}: {row.label}", highlight=False, markup=False)
-
-
-@app.command()
 def sync(
     name: Annotated[str | None, typer.Argument(help="Study. Default: all of the storage.")] = None,
     storage: StorageOption = DEFAULT_STORAGE,
@@ -370,16 +379,20 @@ def make_scenes_command(
 
 @data_app.command("check")
 def check(
-    root: Annotated[Path, typer.Argument(help="Folder in the VOC layout.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
+    name: Annotated[str, typer.Option(help="Its layout: voc, coco or folder.")] = "voc",
     splits: Annotated[list[str], typer.Option("--split", help="Split to check; repeatable.")] = ["train", "val"],  # noqa: B006
-    labels: Annotated[str, typer.Option(help="auto, cls_labels, xml or masks.")] = "auto",
+    labels: Annotated[
+        str, typer.Option(help="As data.labels: auto, or of voc cls_labels, xml or masks, of others masks.")
+    ] = "auto",
+    saliency: Annotated[bool, typer.Option("--saliency", help="A missing saliency map is a problem too.")] = False,
 ) -> None:
     """List what is missing or broken, file by file. Exit code 1 when anything is."""
     from ppc.data import open_dataset
     from ppc.data.check import check_dataset
 
-    dataset = open_dataset("voc", root, labels=labels)
-    problems = check_dataset(dataset, splits)
+    dataset = open_dataset("voc" if name == "scenes" else name, root, labels=labels)  # scenes are not to be made here
+    problems = check_dataset(dataset, splits, with_saliency=saliency)
     for problem in problems:
         console.print(str(problem), highlight=False, markup=False, soft_wrap=True)
     sizes = ", ".join(f"{split} {len(dataset.ids(split))}" for split in splits if split in dataset.splits())

@@ -98,6 +98,7 @@ def submit(
     storage: RemoteStorageOption = None,
     sets: SetOption = [],  # noqa: B006
     tiny: Annotated[bool, typer.Option("--tiny", help="Shrink to seconds.")] = False,
+    scenes: Annotated[bool, typer.Option("--scenes", help="The whole design on the generated scenes.")] = False,
     max_concurrent: Annotated[int | None, typer.Option(help="Trials at a time.")] = None,
     tracking: Annotated[str | None, typer.Option(help="MLflow URI, or `none`.")] = None,
     variables: Annotated[list[str], typer.Option("--env", metavar="NAME=VALUE", help="Variable of the job.")] = [],  # noqa: B006
@@ -108,6 +109,7 @@ def submit(
     from ppc import jobs
     from ppc.launch import code_version
     from ppc.pack import LaunchOptions
+    from ppc.twins import twin_of
 
     if storage is None:
         raise ValueError("pass --storage with an absolute path or a URI that all nodes of the cluster see")
@@ -115,7 +117,7 @@ def submit(
         raise ValueError(f"--env {bad[0]}: expected NAME=VALUE")
     options = LaunchOptions(
         sets,
-        tiny,
+        twin_of(tiny=tiny, scenes=scenes),
         max_concurrent,
         tracking,
         dict(item.split("=", 1) for item in variables),

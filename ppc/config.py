@@ -20,6 +20,10 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, allow_inf_nan=False)
 
+    def unread(self) -> set[str]:
+        """Fields that the rules chosen in this section never look at; see `TrialConfig.decisive`."""
+        return set()
+
 
 class ScenesConfig(Section):
     """The built-in generated dataset (used when `data.name` is `scenes`)."""
@@ -34,12 +38,16 @@ class ScenesConfig(Section):
 class DataConfig(Section):
     """Which images, labels and splits. Paths do not enter a key: the fingerprint of the contents does."""
 
-    name: Literal["scenes", "voc"] = Field(
-        "scenes", description="dataset layout: built-in generated scenes, or a VOC root"
+    name: Literal["scenes", "voc", "coco", "folder"] = Field(
+        "scenes",
+        description="dataset layout: built-in generated scenes, a VOC root, COCO 2014 as downloaded, or a folder with "
+        "images/, classes.txt and tags.csv",
     )
     root: str | None = Field(None, description="folder of the dataset; scenes: made under the storage root when null")
     labels: Literal["auto", "cls_labels", "xml", "masks"] = Field(
-        "auto", description="source of the image-level labels; auto takes the first that exists, in this order"
+        "auto",
+        description="source of the image-level labels; auto: voc the first that exists, in this order; coco its "
+        "annotations; folder its tags.csv",
     )
     train_split: str = Field("train", description="split whose images and tags train the CAM")
     on_broken: Literal["stop", "skip"] = Field(
@@ -222,6 +230,9 @@ class SeedsConfig(Section):
     scales: tuple[Annotated[float, Field(gt=0)], ...] = Field(
         (0.5, 1.0, 1.5, 2.0), min_length=1, description="input scales, each with its mirror"
     )
+    merge: Literal["method", "irn"] = Field(
+        "method", description="how their maps become a CAM: as the method does, or as IRN does"
+    )
     protocol: Literal["fixed", "best_on_train", "val_subset"] = Field(
         "best_on_train",
         description="who picks the background score: nobody; the masks of data.train_split, which must be one of "
@@ -256,18 +267,153 @@ class OwnBackbone(BackboneConfig):
     name: str = Field(SAME, description="a name of BACKBONES, or timm:MODEL; same: all of section `backbone`")
 
 
+class PsaLabelsConfig(Section):
+    """Affinity labels: what two CRFs agree on, one from a strong and one from a weak background (METHOD 8)."""
+
+    bg_power_low: float = Field(
+        4.0, gt=0, description="of background scores (1 - highest class)^power; the low one trusts foreground alone"
+    )
+    bg_power_high: float = Field(24.0, gt=0, description="the high one trusts background alone; PSA: 32")
+    crf: str = Field(
+        "ppc_aff", description="a name of crf.PRESETS; psa, seam: psa_soft, from scores; ppc: ppc_aff, from labels"
+    )
+
+    @model_validator(mode="after")
+    def _ordered(self) -> PsaLabelsConfig:
+        if self.bg_power_low > self.bg_power_high:
+            raise ValueError(f"bg_power_low {self.bg_power_low} is more than bg_power_high {self.bg_power_high}")
+        return self
+
+
+class PsaWalkConfig(Section):
+    """The random walk over AffinityNet's affinities (METHOD 8)."""
+
+    background: Literal["power", "constant"] = Field(
+        "constant", description="score of the background: (1 - highest class)^bg_power (psa, seam), or bg_score (ppc)"
+    )
+    bg_power: float = Field(16.0, gt=0, description="psa: 16, seam: 6")
+    bg_score: Fraction = Field(0.27, ge=0, lt=1)
+    beta: float = Field(8.0, gt=0, description="power of an affinity")
+    log2_steps: int = Field(6, ge=0, le=16, description="the walk takes 2^log2_steps steps; psa: 8, seam, ppc: 6")
+    fit_radius: bool = Field(
+        True, description="a smaller radius on a grid below 2 * radius + 1 cells (seam, ppc); false: an error there"
+    )
+    crf: str | None = Field(None, description="a name of crf.PRESETS for a CRF after the walk (seam_aff); null: none")
+
+    def unread(self) -> set[str]:
+        """What the other background takes."""
+        return {"bg_score"} if self.background == "power" else {"bg_power"}
+
+
+PSA_PRESETS: dict[str, dict[str, Any]] = {
+    "psa": {
+        "labels": {"bg_power_low": 4.0, "bg_power_high": 32.0, "crf": "psa_soft"}, "train": {"learning_rate": 0.1},
+        "walk": {"background": "power", "bg_power": 16.0, "log2_steps": 8, "fit_radius": False},
+    },
+    "seam": {
+        "labels": {"bg_power_low": 4.0, "bg_power_high": 24.0, "crf": "psa_soft"}, "train": {"learning_rate": 0.01},
+        "walk": {"background": "power", "bg_power": 6.0, "log2_steps": 6, "fit_radius": True},
+    },
+    "ppc": {
+        "labels": {"bg_power_low": 4.0, "bg_power_high": 24.0, "crf": "ppc_aff"}, "train": {"learning_rate": 0.01},
+        "walk": {"background": "constant", "bg_score": 0.27, "log2_steps": 6, "fit_radius": True},
+    },
+}  # fmt: skip
+
+
 class PsaConfig(Section):
     """PSA: affinity labels, AffinityNet, and the random walk over its affinities (METHOD 8)."""
 
+    preset: Literal["psa", "seam", "ppc"] = Field(
+        "ppc",
+        description="whose settings fill the fields below that are not given, in labels, train and walk too; the "
+        "official code of ppc takes one power for all, so its low and high are seam's, on which it builds",
+    )
     backbone: OwnBackbone = Field(default_factory=OwnBackbone)
+    labels: PsaLabelsConfig = Field(default_factory=PsaLabelsConfig)
+    radius: int = Field(5, ge=2, le=32, description="pairs are cells less than this apart, in cells of 8 pixels")
+    color_jitter: bool = True
     train: OptimConfig = Field(default_factory=OptimConfig)
+    walk: PsaWalkConfig = Field(default_factory=PsaWalkConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if not isinstance(values, dict) or values.get("preset") not in list(PSA_PRESETS):  # it may be unhashable
+            return values
+        filled = dict(values)
+        for name, fields in PSA_PRESETS[values["preset"]].items():
+            given = values.get(name, {})
+            filled[name] = {**fields, **given} if isinstance(given, dict) else given
+        return filled
+
+
+class IrnLabelsConfig(Section):
+    """IRN's labels: the classes that a CAM is sure of, and the background that it is sure of (METHOD 10)."""
+
+    fg_score: Fraction = Field(0.30, gt=0, lt=1, description="background score above which a pixel has its class")
+    bg_score: Fraction = Field(0.05, gt=0, lt=1, description="background score below which a pixel is background")
+    crf_preset: str = Field("irn_label", description="a name of crf.PRESETS, of the CRF after both scores")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> IrnLabelsConfig:
+        if self.bg_score > self.fg_score:
+            raise ValueError(f"bg_score {self.bg_score} is above fg_score {self.fg_score}: no pixel would be unsure")
+        return self
+
+
+class IrnTrainConfig(OptimConfig):
+    """Training of IRNet's two branches over a fixed backbone (METHOD 1.2)."""
+
+    epochs: int = Field(3, ge=1)
+    batch_size: int = Field(32, ge=1, description="images of the global batch, over all workers")
+    crop_px: int = Field(512, ge=32, description="side of a crop, pixels; a multiple of 16")
+    learning_rate: float = Field(0.1, gt=0, description="of the edge branch's weights")
+    new_layer_lr_mult: float = Field(10.0, gt=0, description="of the displacement branch")
+    bias_lr_mult: float = Field(1.0, gt=0, description="of biases and GroupNorm; all weights decay, these too")
+    weight_decay: float = Field(1e-4, ge=0)
+
+
+class IrnWalkConfig(Section):
+    """The random walk over IRNet's boundaries (METHOD 10)."""
+
+    radius: int = Field(5, ge=2, description="reach of a step, cells of 4 pixels; all pairs nearer than it")
+    beta: float = Field(10.0, gt=0, description="power of the affinities")
+    log2_steps: int = Field(8, ge=0, le=16, description="the walk takes 2^log2_steps steps")
+    bg_score: Fraction = Field(0.25, ge=0, lt=1, description="background score of the walked maps over their maximum")
 
 
 class IrnConfig(Section):
     """IRN: labels between classes, IRNet, and the random walk over its boundaries (METHOD 10)."""
 
+    preset: Literal["official", "paper"] = Field(
+        "official",
+        description="fills train.momentum where it is not given; paper: 0.9, which the official code intends",
+    )
     backbone: OwnBackbone = Field(default_factory=OwnBackbone)
-    train: OptimConfig = Field(default_factory=OptimConfig)
+    labels: IrnLabelsConfig = Field(default_factory=IrnLabelsConfig)
+    radius: int = Field(10, ge=2, description="pairs nearer than it train the net, cells of 4 pixels")
+    scale: tuple[float, float] = Field(
+        (0.5, 1.5), description="range of the training images' scale, both ends included"
+    )
+    train: IrnTrainConfig = Field(default_factory=IrnTrainConfig)
+    walk: IrnWalkConfig = Field(default_factory=IrnWalkConfig)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_preset(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("preset") == "paper":
+            train = values.get("train", {})
+            if isinstance(train, dict):
+                return {**values, "train": {"momentum": 0.9, **train}}
+        return values
+
+    @field_validator("scale")
+    @classmethod
+    def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError(f"expected 0 < low <= high, got {value}")
+        return value
 
 
 class SegTestConfig(Section):
@@ -405,7 +551,8 @@ class TrialConfig(Section):
             return {**getattr(self, section).model_dump(mode="json", exclude=skipped), "backbone": backbone}
         if "." in section:
             net, later = section.split(".")
-            return getattr(getattr(self, net), later).model_dump(mode="json", exclude=self._unread(section))
+            chosen: Section = getattr(getattr(self, net), later)
+            return chosen.model_dump(mode="json", exclude=self._unread(section) | chosen.unread())
         if section == "contrast" and not self.contrast.active:
             return {"active": False}
         if section == "views" and not self.contrast.active and self.method.name in ONE_VIEW:
@@ -441,10 +588,17 @@ class TrialConfig(Section):
             if self.method.name in ONE_VIEW:
                 unread.add("map_source")  # there is no refined map
         elif section == "seeds":
-            # `overlays` decides no number and stays in the key all the same: a finished stage is not run again, so a
-            # trial that asks for other overlays than the one before it would not get them.
-            if self.seeds.protocol != "fixed":
-                unread.add("bg_score")
-            if self.seeds.protocol != "val_subset":
-                unread |= {"val_subset_split", "val_subset_images"}
+            unread |= self._unread_seeds()
+        return unread
+
+    def _unread_seeds(self) -> set[str]:
+        # `overlays` decides no number and stays in the key all the same: a finished stage is not run again, so a trial
+        # that asks for other overlays than the one before it would not get them.
+        unread: set[str] = set()
+        if self.seeds.merge == "method":
+            unread.add("merge")  # the method decides
+        if self.seeds.protocol != "fixed":
+            unread.add("bg_score")
+        if self.seeds.protocol != "val_subset":
+            unread |= {"val_subset_split", "val_subset_images"}
         return unread

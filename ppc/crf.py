@@ -11,8 +11,6 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from ppc.cam import seed_from_cam
-
 Floats = npt.NDArray[np.float32]
 LABEL_GT_PROB = 0.7  # how far all official codes trust a label map
 
@@ -130,6 +128,34 @@ def crf_labels(
     return full
 
 
+def refine_scores(
+    image_HW3: npt.NDArray[np.uint8],
+    score_CHW: npt.ArrayLike,
+    keys: npt.ArrayLike,
+    *,
+    num_classes: int,
+    params: CrfParams,
+) -> Floats:
+    """Marginals (C,H,W) from the scores of [background, classes of `keys`], in that order, as `params` says.
+
+    Labels start from the highest score, ties to the lowest label. With `classes` all, those that are not there take
+    part with a score of 0; they win nowhere, and are not returned.
+    """
+    score = np.asarray(score_CHW, dtype=np.float32)
+    label_C = np.concatenate([[0], np.asarray(keys, dtype=np.int64) + 1])
+    names_L = np.sort(label_C) if params.classes == "present" else np.arange(num_classes)
+    place_C = np.searchsorted(names_L, label_C)
+    if params.unary == "labels":
+        order = np.argsort(label_C)
+        start_HW = place_C[order][score[order].argmax(axis=0)]
+        q_LHW = crf_labels(image_HW3, start_HW, num_labels=len(names_L), gt_prob=LABEL_GT_PROB, params=params)
+    else:
+        score_LHW = np.zeros((len(names_L), *score.shape[1:]), np.float32)
+        score_LHW[place_C] = score
+        q_LHW = crf_soft(image_HW3, score_LHW, params=params)
+    return q_LHW[place_C]
+
+
 def refine_seed(
     image_HW3: npt.NDArray[np.uint8],
     cam_KHW: npt.ArrayLike,
@@ -139,19 +165,11 @@ def refine_seed(
     num_classes: int,
     params: CrfParams,
 ) -> npt.NDArray[np.uint8]:
-    """The CRF's label map (0 background, key + 1) of a CAM with a constant background score, as `params` says.
-
-    Labels start from the seed of the CAM; soft unaries from [bg_score, CAM] with 0 for the classes that are not there.
-    """
+    """The CRF's label map (0 background, key + 1) of a CAM with a constant background score, as `params` says."""
     cam, label_K = np.asarray(cam_KHW, dtype=np.float32), np.asarray(keys, dtype=np.int64) + 1
-    names_L = np.concatenate([[0], np.sort(label_K)]) if params.classes == "present" else np.arange(num_classes)
-    if params.unary == "labels":
-        seed_HW = np.searchsorted(names_L, seed_from_cam(cam, keys, bg_score=bg_score))
-        q_LHW = crf_labels(image_HW3, seed_HW, num_labels=len(names_L), gt_prob=LABEL_GT_PROB, params=params)
-    else:
-        score_LHW = np.zeros((len(names_L), *cam.shape[1:]), np.float32)
-        score_LHW[0] = bg_score
-        score_LHW[np.searchsorted(names_L, label_K)] = cam
-        q_LHW = crf_soft(image_HW3, score_LHW, params=params)
-    refined_HW: npt.NDArray[np.uint8] = names_L[q_LHW.argmax(axis=0)].astype(np.uint8)
+    score_CHW = np.concatenate([np.full((1, *cam.shape[1:]), bg_score, np.float32), cam])
+    q_CHW = refine_scores(image_HW3, score_CHW, keys, num_classes=num_classes, params=params)
+    label_C = np.concatenate([[0], label_K])
+    order = np.argsort(label_C)
+    refined_HW: npt.NDArray[np.uint8] = label_C[order][q_CHW[order].argmax(axis=0)].astype(np.uint8)
     return refined_HW

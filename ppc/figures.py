@@ -1,11 +1,12 @@
-"""Pictures: palette PNGs of label maps, heat overlays of CAMs, rows of pictures for a README. numpy and Pillow alone.
+"""Pictures: palette PNGs of label maps, heat overlays of CAMs, grids of pictures with titles. numpy and Pillow alone.
 
 H W pixels, 3 RGB; images are uint8, CAMs in [0, 1].
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -17,6 +18,9 @@ from ppc.places import StoragePath, atomic_write, read_bytes
 
 Array = npt.NDArray[Any]
 IGNORE = 255
+TITLE_PX, NOTE_PX, LINE_PX = 14, 11, 18  # heights of letters, and of a line of them
+NARROWEST_PX = 110  # of a column, for its title's sake
+MOST_LEGEND_LINES = 3
 
 
 def voc_palette() -> Array:
@@ -95,30 +99,140 @@ def square(image_HW3: Array, *, fill: int = 255) -> Array:
     return canvas
 
 
-def contact_row(images: Sequence[Array], labels: Sequence[str], *, height_px: int = 160, gap_px: int = 8) -> Array:
-    """Pictures side by side at one height, each with its label under it, (H, W, 3) uint8 on white.
+def picture_grid(
+    rows: Sequence[Sequence[Array | None]],
+    titles: Sequence[str],
+    *,
+    row_names: Sequence[str] = (),
+    legend: Mapping[int, str] | None = None,
+    caption: str = "",
+    box_px: tuple[int, int] = (160, 240),
+    gap_px: int = 8,
+) -> Array:
+    """Rows of pictures under the titles of their columns, (H, W, 3) uint8 on white.
 
-    Images are RGB, or label maps (H, W), which get the palette. ValueError when labels do not match the images.
+    Pictures are RGB, or label maps (H, W), which get the palette; None is an empty cell. Each is scaled into a box of
+    that height and width. `row_names` stand under the rows. The legend names those of its labels that the label maps
+    hold, in as many lines as fit, and a caption ends it all. ValueError when titles or names do not match the pictures.
     """
-    if len(images) != len(labels) or not images:
-        raise ValueError(f"{len(images)} images and {len(labels)} labels; expected as many of each, at least one")
-    tiles = [_tile(np.asarray(image), height_px) for image in images]
-    font = ImageFont.load_default()
-    text_px = 16
-    width_px = sum(tile.width for tile in tiles) + gap_px * (len(tiles) + 1)
-    canvas = Image.new("RGB", (width_px, height_px + 2 * gap_px + text_px), "white")
+    if not rows or not titles or any(len(row) != len(titles) for row in rows) or len(row_names) not in (0, len(rows)):
+        raise ValueError(
+            f"{len(rows)} rows of {sorted({len(row) for row in rows})} pictures, {len(titles)} titles and "
+            f"{len(row_names)} names of rows; expected a title for each column and a name for each row"
+        )
+    tiles = [[None if picture is None else _tile(np.asarray(picture), box_px) for picture in row] for row in rows]
+    widths = [
+        max([NARROWEST_PX, *(tile.width for tile in column if tile is not None)]) for column in zip(*tiles, strict=True)
+    ]
+    lefts = [gap_px + sum(widths[:i]) + gap_px * i for i in range(len(widths))]
+    total_px = sum(widths) + gap_px * (len(widths) + 1)
+    lines = [_lines(title, TITLE_PX, width) for title, width in zip(titles, widths, strict=True)]
+    top_px = gap_px + LINE_PX * max(map(len, lines))
+    heights = [max((tile.height for tile in row if tile is not None), default=box_px[0]) for row in tiles]
+    name_px = LINE_PX if row_names else gap_px
+    strips = [_legend(_present(rows, legend or {}), total_px, gap_px), _caption(caption, total_px, gap_px)]
+    height_px = top_px + sum(heights) + name_px * len(rows) + sum(strip.height for strip in strips) + gap_px
+    canvas = Image.new("RGB", (total_px, height_px), "white")
     draw = ImageDraw.Draw(canvas)
-    left = gap_px
-    for tile, label in zip(tiles, labels, strict=True):
-        canvas.paste(tile, (left, gap_px))
-        draw.text((left, height_px + gap_px + 3), label, fill="black", font=font)
-        left += tile.width + gap_px
+    for left, width, words in zip(lefts, widths, lines, strict=True):
+        for i, line in enumerate(words):  # those of a shorter title stand lowest, just above their pictures
+            place = (left + width / 2, top_px - LINE_PX * (len(words) - i) + LINE_PX / 2 - 2)
+            draw.text(place, line, fill="black", font=_font(TITLE_PX), anchor="mm")
+    top = top_px
+    for index, (row, height) in enumerate(zip(tiles, heights, strict=True)):
+        for left, width, tile in zip(lefts, widths, row, strict=True):
+            if tile is None:
+                draw.text((left + width / 2, top + height / 2), "none", fill="grey", font=_font(NOTE_PX), anchor="mm")
+            else:
+                canvas.paste(tile, (left + (width - tile.width) // 2, top + (height - tile.height) // 2))
+        if row_names:
+            name = _cut(row_names[index], NOTE_PX, total_px - 2 * gap_px)
+            draw.text((gap_px, top + height + 2), name, fill="grey", font=_font(NOTE_PX))
+        top += height + name_px
+    for strip in strips:
+        canvas.paste(strip, (0, top))
+        top += strip.height
     return np.asarray(canvas)
 
 
-def _tile(image: Array, height_px: int) -> Image.Image:
+def _present(rows: Sequence[Sequence[Array | None]], legend: Mapping[int, str]) -> dict[int, str]:
+    """The entries of a legend whose labels are in the pictures."""
+    there = set[int]()
+    for picture in (picture for row in rows for picture in row):
+        if picture is not None and picture.ndim == 2:
+            there |= set(np.unique(picture).tolist())
+    return {label: name for label, name in legend.items() if label in there}
+
+
+def _legend(names: Mapping[int, str], width_px: int, gap_px: int) -> Image.Image:
+    """A strip of coloured squares with names; those for which there is no room are counted."""
+    font, box, places, left, line = _font(NOTE_PX), 11, list[tuple[int, int, int, str]](), gap_px, 0
+    for label, name in names.items():
+        name = _cut(name, NOTE_PX, width_px - 2 * gap_px - box - 5)
+        needed = box + 5 + round(font.getlength(name)) + 14
+        if left > gap_px and left + needed - 14 > width_px - gap_px:
+            left, line = gap_px, line + 1
+        if line == MOST_LEGEND_LINES:
+            break
+        places.append((left, line, label, name))
+        left += needed
+    used = 1 + max((line for _, line, _, _ in places), default=-1)
+    more = len(names) - len(places)
+    strip = Image.new("RGB", (width_px, LINE_PX * (used + bool(more)) + (gap_px if places else 0)), "white")
+    draw = ImageDraw.Draw(strip)
+    for left, line, label, name in places:
+        top = gap_px + LINE_PX * line
+        draw.rectangle((left, top, left + box, top + box), fill=tuple(VOC_PALETTE[label].tolist()), outline="grey")
+        draw.text((left + box + 5, top - 1), name, fill="black", font=font)
+    if more:
+        draw.text((gap_px, gap_px + LINE_PX * used - 1), f"and {more} more", fill="grey", font=font)
+    return strip
+
+
+def _caption(text: str, width_px: int, gap_px: int) -> Image.Image:
+    lines = _lines(text, NOTE_PX, width_px - 2 * gap_px) if text else []
+    strip = Image.new("RGB", (width_px, LINE_PX * len(lines)), "white")
+    for i, line in enumerate(lines):
+        ImageDraw.Draw(strip).text((gap_px, LINE_PX * i + 2), line, fill="grey", font=_font(NOTE_PX))
+    return strip
+
+
+def _font(size_px: int) -> Any:
+    return ImageFont.load_default(size_px)
+
+
+def _lines(text: str, size_px: int, width_px: int) -> list[str]:
+    """A text broken into lines of that width: behind a space or a sign where there is one, else anywhere."""
+    font, found = _font(size_px), list[str]()
+    for paragraph in text.split("\n"):
+        found.append("")
+        for piece in re.findall(r"[^ ,=_/]*[ ,=_/]?", paragraph):
+            if font.getlength((found[-1] + piece).rstrip()) <= width_px:
+                found[-1] += piece
+                continue
+            found += [""] if found[-1] else []
+            for letter in piece:
+                if found[-1] and font.getlength(found[-1] + letter) > width_px:
+                    found.append("")
+                found[-1] += letter
+    return [line.strip() for line in found]
+
+
+def _cut(text: str, size_px: int, width_px: int) -> str:
+    """A text cut to a width."""
+    font = _font(size_px)
+    if font.getlength(text) <= width_px:
+        return text
+    while text and font.getlength(f"{text}...") > width_px:
+        text = text[:-1]
+    return f"{text}..."
+
+
+def _tile(image: Array, box_px: tuple[int, int]) -> Image.Image:
+    """A picture as large as fits into a box of that height and width."""
     is_labels = image.ndim == 2
     colours = VOC_PALETTE[image] if is_labels else image
-    width_px = max(1, round(colours.shape[1] * height_px / colours.shape[0]))
+    scale = min(box_px[0] / image.shape[0], box_px[1] / image.shape[1])
+    size = (max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale)))
     how = Image.Resampling.NEAREST if is_labels else Image.Resampling.BICUBIC
-    return Image.fromarray(np.ascontiguousarray(colours.astype(np.uint8))).resize((width_px, height_px), how)
+    return Image.fromarray(np.ascontiguousarray(colours.astype(np.uint8))).resize(size, how)

@@ -31,8 +31,10 @@ from ray.job_submission import JobSubmissionClient
 from ppc.config import TrialConfig
 from ppc.loading import load_study
 from ppc.pack import JOB_ENV, STOP_WAIT_S, LaunchOptions, experiment_files, is_absolute, job_env, packed, shared_storage
+from ppc.published import check_published
 from ppc.study import expand
 from ppc.trial import check_trial
+from ppc.twins import name_of
 
 # The driver of a study belongs on the head, and takes no CPU from the trials.
 ON_HEAD = {"node:__internal_head__": 0.001}
@@ -70,17 +72,20 @@ def submit(file: Path, address: str, *, storage: str, options: LaunchOptions | N
     options = options or LaunchOptions()
     study = load_study(file, overrides=options.sets)
     of_trial = [item for item in options.sets if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
-    for spec in expand(study, overrides=of_trial, tiny=options.tiny, check=check_trial):
+    check_published(study, overrides=of_trial)
+    for spec in expand(study, overrides=of_trial, twin=options.twin, check=check_trial):
         for name, path in (("data.root", spec.config.data.root), ("backbone.weights", spec.config.backbone.weights)):
             if path is not None and not is_absolute(path):
                 raise ValueError(
                     f"{name}: {path} means another file on every node; give its absolute path on the cluster, "
                     f"for instance --set {name}=/shared/{path}"
                 )
-    name = study.name + ("-tiny" if options.tiny else "")
+    name = name_of(study.name, options.twin)
     with packed(options.working_dir, experiment_files(file)) as (folder, names):
         words = ["ppc", "study", "launch", names[0]]
-        words += [word for item in options.sets for word in ("--set", item)] + (["--tiny"] if options.tiny else [])
+        words += [word for item in options.sets for word in ("--set", item)] + (
+            [] if options.twin == "full" else [f"--{options.twin}"]
+        )
         return _launch(address, name, storage, words, folder, options)
 
 

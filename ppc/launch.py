@@ -22,16 +22,18 @@ from rich.console import Console
 from ppc import __version__, changes, local_study
 from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
 from ppc.faults import StorageError
+from ppc.gallery import draw_study
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.mlflow_embedded import server_of_launch
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
+from ppc.published import saved as saved_rows
 from ppc.report import build_report, print_report, write_report
 from ppc.resources import change_runtime
 from ppc.search import Search, next_round, start
 from ppc.stopping import metric_problem, must_run, no_effect
 from ppc.study import BASE, TrialSpec
-from ppc.study_config import EarlyStopping, StudyConfig
+from ppc.study_config import EarlyStopping, StudyConfig, Twin
 from ppc.sync_loop import SyncLoop
 from ppc.tracking import make_tracker
 from ppc.trial import Planner, data_name, nearest
@@ -71,7 +73,13 @@ def code_version() -> dict[str, Any]:
 
 
 def define(
-    study: StudyConfig, specs: Sequence[TrialSpec], baseline: str, storage: Storage, *, any_metric: bool = False
+    study: StudyConfig,
+    specs: Sequence[TrialSpec],
+    baseline: str,
+    storage: Storage,
+    *,
+    any_metric: bool = False,
+    twin: Twin = "full",
 ) -> dict[str, Any]:
     """The study's list of trials with their keys: what `study.json` holds. Reads data and weights, writes nothing.
 
@@ -121,16 +129,19 @@ def define(
         "factors": list(dict.fromkeys(name for spec in specs for name in spec.factors)), "trials": trials,
         "trial_seeds": study.trial_seeds, "data": list(data.values()), "created_ms": now_ms(),
         "code": code_version(), "max_concurrent": study.max_concurrent,
-        "early_stopping": study.early_stopping and study.early_stopping.model_dump(mode="json"),
+        "early_stopping": study.early_stopping and study.early_stopping.model_dump(mode="json"), "twin": twin,
+        "columns": study.columns, "published": saved_rows(study.published),
     }  # fmt: skip
 
 
-def define_search(study: StudyConfig, base: Mapping[str, Any], storage: Storage) -> dict[str, Any]:
+def define_search(
+    study: StudyConfig, base: Mapping[str, Any], storage: Storage, *, twin: Twin = "full"
+) -> dict[str, Any]:
     """`define` for a design of kind search: its first round, and the rounds that an earlier launch of it has made."""
     before = read_json(storage.study(study.name).path / "study.json")
     search = start(study, base, before.get("search") if isinstance(before, dict) else None)
     made = [changes for one in search.rounds for changes in one]
-    return {**define(study, search.specs(made), BASE, storage), "search": search.dump()}
+    return {**define(study, search.specs(made), BASE, storage, twin=twin), "search": search.dump()}
 
 
 def _next_round(storage: Storage, study: dict[str, Any], console: Console) -> list[TrialRow]:
@@ -262,6 +273,8 @@ def run_study(
                 files = write_report(report, folder.path / "report")
             except OSError as error:  # the table is printed all the same
                 fault = fault or error
+            if fault is None:
+                files += _draw(storage, study, folder, console)
             loop.finish(files, flush_s=None if fault is None else FAULT_FLUSH_S)
     print_report(report, console)
     rows = read_rows(storage, study)
@@ -269,6 +282,14 @@ def run_study(
     if fault is not None:
         console.print(f"storage: {fault}", highlight=False, markup=False, soft_wrap=True)
     return 0 if fault is None and all(row.state in (FINISHED, STOPPED) for row in rows) else 1
+
+
+def _draw(storage: Storage, study: dict[str, Any], folder: StudyDir, console: Console) -> list[StoragePath]:
+    """The study's figures beside its report; what could not be drawn is told."""
+    files, problems = draw_study(storage, study, read_rows(storage, study), folder.path / "report")
+    for problem in problems:
+        console.print(problem, **AS_IT_IS)
+    return files
 
 
 def _run_rounds(

@@ -6,7 +6,7 @@ A raw config is a tree of `Raw` mappings and plain values; each `Raw` remembers 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,8 @@ from ppc.study_config import StudyConfig
 
 Override = str | tuple[str, Any]
 Kept = Mapping[str, Collection[Any]]
-STUDY_FIELDS = tuple(name for name in StudyConfig.model_fields if name not in ("base", "design", "tiny"))
+UNSETTABLE = ("base", "design", "tiny", "scenes", "published")  # from outside
+STUDY_FIELDS = tuple(name for name in StudyConfig.model_fields if name not in UNSETTABLE)
 
 # -- reading
 
@@ -204,7 +205,7 @@ def override_study(raw: Mapping[str, Any], item: Override) -> Raw:
     problem = check_path(path, origin)
     if problem is not None and (close := get_close_matches(path, STUDY_FIELDS, n=1, cutoff=0.75)):
         problem = Problem(origin, path, f"no such field; did you mean {close[0]}?")
-    elif path.partition(".")[0] in ("design", "tiny"):
+    elif path.partition(".")[0] in UNSETTABLE:
         problem = Problem(origin, path, "cannot be set from outside; change it in the file")
     elif problem is None and get(raw, "design.kind", "") == "grid" and path in get(raw, "design.axes", {}):
         problem = Problem(origin, path, "is an axis of this study, so an override of it would have no effect")
@@ -236,6 +237,12 @@ TINY: dict[str, Any] = {
     "train.epochs": 1, "train.batch_size": 4, "train.crop_px": 48, "train.resize_long_px": [48, 64],
     "train.precision": "fp32",
     "seeds.scales": [1.0], "seeds.val_subset_images": 4, "seeds.overlays": 2,
+    "irn.backbone.name": "same", "irn.backbone.output_stride": 8, "irn.backbone.weights": None,
+    "irn.backbone.normalisation": "auto", "irn.radius": 4, "irn.walk.log2_steps": 4,
+    "irn.train.epochs": 1, "irn.train.batch_size": 4, "irn.train.crop_px": 48, "irn.train.precision": "fp32",
+    "psa.backbone.name": "same", "psa.backbone.weights": None, "psa.backbone.normalisation": "auto",
+    "psa.backbone.output_stride": 8, "psa.train.epochs": 1, "psa.train.batch_size": 4, "psa.train.crop_px": 128,
+    "psa.train.precision": "fp32", "psa.walk.fit_radius": True,
     "segmentation.backbone": {}, "segmentation.train.epochs": 1, "segmentation.train.batch_size": 4,
     "segmentation.train.crop_px": 48, "segmentation.train.precision": "fp32", "segmentation.test.scales": [1.0],
     "runtime.workers": 1, "runtime.cpus_per_worker": 1, "runtime.gpus_per_worker": 0, "runtime.loader_workers": 0,
@@ -248,7 +255,13 @@ TINY_DATA: dict[str, Any] = {  # beside TINY where the experiment is on another 
 
 def _room(values: dict[str, Any], kept: Kept) -> None:
     """Make the tiny crop and split as large as kept values need; of what is no number, validation tells."""
-    for small, large in (("views.target_px", "train.crop_px"), ("train.batch_size", "data.scenes.num_train")):
+    images = "data.scenes.num_train"
+    for small, large in (
+        ("views.target_px", "train.crop_px"),
+        ("train.batch_size", images),
+        ("irn.train.batch_size", images),
+        ("psa.train.batch_size", images),
+    ):
         if large not in kept:
             values[large] = max([values[large], *(int(v) for v in kept.get(small, ()) if str(v).isdecimal())])
 
@@ -338,11 +351,13 @@ def validate_study(raw: Mapping[str, Any], source: str | Path) -> StudyConfig:
     return study
 
 
-def load_trial(path: str | Path, *, overrides: Sequence[Override] = (), shrink: bool = False) -> TrialConfig:
-    """The trial in a file; `shrink` (--tiny) comes before the overrides, which so have the last word."""
+def load_trial(
+    path: str | Path, *, overrides: Sequence[Override] = (), shrink: Callable[[Raw], Raw] = lambda raw: raw
+) -> TrialConfig:
+    """The trial in a file; `shrink` (--tiny, --scenes) comes before the overrides, which so have the last word."""
     raw = load_yaml(path)
     if "design" not in raw and "base" not in raw:
-        raw = override_all(tiny(raw) if shrink else raw, overrides)
+        raw = override_all(shrink(raw), overrides)
     return validate_trial(raw, path)
 
 

@@ -54,11 +54,11 @@ class CamNet(nn.Module):
         self.backbone = backbone
         self.pcm = pcm
         self.dropout = SeededDropout2d(dropout)
-        self.fc8 = _head_layer("fc8", ch6, num_fg + background, seed)
-        self.fc_proj = _head_layer("fc_proj", ch6, projector_dim, seed) if projector_dim else None
-        self.f8_3 = _head_layer("f8_3", ch4, PCM_WIDTHS[0], seed) if pcm else None
-        self.f8_4 = _head_layer("f8_4", ch5, PCM_WIDTHS[1], seed) if pcm else None
-        self.f9 = _head_layer("f9", 3 + num_pcm, num_pcm, seed) if pcm else None
+        self.fc8 = head_layer("fc8", ch6, num_fg + background, seed)
+        self.fc_proj = head_layer("fc_proj", ch6, projector_dim, seed) if projector_dim else None
+        self.f8_3 = head_layer("f8_3", ch4, PCM_WIDTHS[0], seed) if pcm else None
+        self.f8_4 = head_layer("f8_4", ch5, PCM_WIDTHS[1], seed) if pcm else None
+        self.f9 = head_layer("f9", 3 + num_pcm, num_pcm, seed) if pcm else None
 
     def forward(self, image_N3HW: Tensor) -> CamOutput:
         """Normalised images to CAM, refined CAM and projected features. In training: `set_dropout_seeds` first."""
@@ -82,7 +82,7 @@ class CamNet(nn.Module):
         return refined_NCHW
 
 
-def _head_layer(name: str, in_ch: int, out_ch: int, seed: int) -> nn.Conv2d:
+def head_layer(name: str, in_ch: int, out_ch: int, seed: int) -> nn.Conv2d:
     """1x1 conv without bias: Kaiming-normal for f8_*, else Xavier-uniform, with gain 4 for f9 (METHOD 4.1)."""
     with seeded_init(derive_seed(seed, name)):
         layer = nn.Conv2d(in_ch, out_ch, 1, bias=False)

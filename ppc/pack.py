@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 import ppc
 from ppc.loading import parse
 from ppc.redact import SECRET, safe_uri
+from ppc.study_config import Twin
 
 MAX_PACK_MIB = 100
 # `/name` is left out at the top of the folder alone: ppc/data is code.
@@ -42,7 +43,7 @@ class LaunchOptions:
     """What a submitted launch is told beside its file and its storage."""
 
     sets: Sequence[str] = ()
-    tiny: bool = False
+    twin: Twin = "full"
     max_concurrent: int | None = None
     tracking: str | None = None  # MLflow URI as the cluster sees it, or `none`
     env: Mapping[str, str] = field(default_factory=dict)  # variables of the job, beside `PASSED_ENV`

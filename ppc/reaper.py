@@ -63,7 +63,9 @@ def sync_studies(
             tracker = make_tracker(option, storage, study, None)
             tracker.sync(read_rows(storage, study), final=not running)
             if not running:
-                tracker.attach(write_report(build_report(storage, name), folder.path / "report"))
+                report = folder.path / "report"
+                drawn = [report / picture for picture in names_in(report) if picture.endswith(".png")]
+                tracker.attach([*write_report(build_report(storage, name), report), *drawn])
             tracker.close()
         except TrackingError as error:
             problems.append(without_secrets(f"{name}: {error}"))

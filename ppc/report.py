@@ -8,10 +8,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from statistics import fmean
 from typing import Any
 
@@ -23,9 +22,26 @@ from ppc.artifacts import Storage, now_ms, write_json
 from ppc.changes import told
 from ppc.ledger import FINISHED, RUNNING, STOPPED, TrialRow, counts, read_rows, stopped_at
 from ppc.places import StoragePath, atomic_write
+from ppc.published import (
+    NONE,
+    Claim,
+    OtherMethod,
+    caveat,
+    claim_cell,
+    claims,
+    csv_cells,
+    csv_columns,
+    csv_rows,
+    images_of,
+    is_iou,
+    metric_split,
+    other_methods,
+    others_table,
+    published_metrics,
+    sources,
+)
 from ppc.study import Row, summarise
 
-NONE = "-"
 ABSENT = {"zero": "a class in neither masks nor seeds counts as IoU 0", "skip": "such a class is left out of the mean"}
 
 
@@ -54,6 +70,11 @@ class Line:
     same_as: list[str]  # variants whose very trials these are: no evidence of their own
     count: int | None  # images of the metric's split
     protocol: str  # that chose the background score
+    published: dict[str, Claim] = field(default_factory=dict)  # metric -> figure of a paper
+
+    def means(self, metric: str) -> dict[str, float | None]:
+        """Means of all its metrics; `metric` is the one that decides."""
+        return {metric: self.mean, **{name: mean for name, (mean, _) in self.others.items()}}
 
 
 @dataclass(frozen=True)
@@ -68,17 +89,9 @@ class Report:
     lines: list[Line]
     errors: list[tuple[str, str]]  # trial, its error
     made_ms: int
-
-
-def is_iou(metric: str) -> bool:
-    """Whether a metric is an IoU, hence printed in per cent."""
-    return "iou" in metric.lower()
-
-
-def metric_split(metric: str) -> str | None:
-    """The split that a metric is measured on; None for a metric of none, such as bg_score."""
-    found = re.fullmatch(r"[a-z_]+?_miou_(.+)", metric)
-    return found[1] if found else None
+    shown: list[str]  # metrics of the table, in order; the one that decides is among them
+    published: list[str]  # metrics that have published figures
+    other_methods: list[OtherMethod]
 
 
 def generated(study: dict[str, Any]) -> bool:
@@ -97,9 +110,12 @@ def build_report(storage: Storage, study_name: str) -> Report:
             if math.isfinite(value):
                 values[row.variant].setdefault(name, {})[row.seed] = value
     names = dict.fromkeys(name for found in values.values() for name in found)
+    chosen = study.get("columns") or []
+    shown = [*([] if metric in chosen else [metric]), *(chosen or (name for name in names if is_iou(name)))]
+    shown = list(dict.fromkeys(shown))
     statistics = {
         name: summarise({variant: found.get(name, {}) for variant, found in values.items()}, study["baseline"])
-        for name in [metric, *(name for name in names if is_iou(name) and name != metric)]
+        for name in dict.fromkeys([metric, *shown, *filter(is_iou, names)])
     }
     decides = statistics.pop(metric)
     best = max((s.mean for s in decides if s.mean is not None), default=None)
@@ -108,10 +124,15 @@ def build_report(storage: Storage, study_name: str) -> Report:
         mine = [row for row in rows if row.variant == row_statistics.variant]
         others = {name: (found[index].mean, found[index].std) for name, found in statistics.items()}
         found_values = values[row_statistics.variant]
-        lines.append(_line(row_statistics, mine, found_values, others, study["baseline"], best, metric_split(metric)))
+        line = _line(row_statistics, mine, found_values, others, study["baseline"], best, metric_split(metric))
+        told = claims(study, line.variant, line.means(metric), images_of(mine))
+        lines.append(replace(line, published=told))
     errors = [(row.label, one_line(row.error)) for row in rows if row.error is not None]
     header = _header(study, rows)
-    return Report(study_name, study.get("note", ""), metric, generated(study), header, lines, errors, now_ms())
+    return Report(
+        study_name, study.get("note", ""), metric, generated(study), header, lines, errors, now_ms(), shown,
+        published_metrics(study), other_methods(study),
+    )  # fmt: skip
 
 
 def _line(
@@ -185,6 +206,8 @@ def _header(study: dict[str, Any], rows: Sequence[TrialRow]) -> list[tuple[str, 
     changed = " with uncommitted changes" if code.get("dirty") else ""
     header.append(("code", f"version {code.get('version', '?')}, {commit}{changed}"))
     header += [("changed", line) for line in told(study)]
+    if (text := caveat(study, images_of(rows))) is not None:
+        header.append(("published", text))
     header.append(("seeds", ", ".join(str(seed) for seed in study["trial_seeds"])))
     header.append(("trials", _states(counts(list(rows)))))
     return header
@@ -250,12 +273,16 @@ def duration(seconds: float | None) -> str:
 
 def columns(report: Report) -> list[str]:
     """Headings of the table."""
-    others = list(report.lines[0].others) if report.lines else []
-    return ["variant", report.metric, "n", "vs baseline", *others, "bg score", "time/trial", "trials"]
+    heads = ["variant"]
+    for metric in report.shown:
+        heads += [metric, *([f"published {metric}"] if metric in report.published else [])]
+        heads += ["n", "vs baseline"] if metric == report.metric else []
+    return [*heads, "bg score", "time/trial", "trials"]
 
 
-def cells(line: Line, metric: str) -> list[str]:
+def cells(line: Line, report: Report) -> list[str]:
     """A line as text, one cell for each of `columns`."""
+    metric = report.metric
     if line.baseline:
         difference = "baseline"
     elif line.diff_mean is None:
@@ -266,10 +293,14 @@ def cells(line: Line, metric: str) -> list[str]:
     trials += "".join(f"; seed {seed} stopped at {text}" for seed, text in line.stopped.items())
     trials += f"; same trial as {', '.join(line.same_as)}" if line.same_as else ""
     score = NONE if line.bg_score is None else f"{line.bg_score:.2f}"
-    others = [_spread(mean, std, name) for name, (mean, std) in line.others.items()]
     n = f"{line.n} of {sum(line.states.values())}" if line.stopped else str(line.n)
-    figures = [_spread(line.mean, line.std, metric), n, difference, *others, score]
-    return [line.variant, *figures, duration(line.trial_s), trials]
+    figures = []
+    for name in report.shown:
+        mean, std = (line.mean, line.std) if name == metric else line.others.get(name, (None, None))
+        figures.append(_spread(mean, std, name))
+        figures += [claim_cell(line.published.get(name))] if name in report.published else []
+        figures += [n, difference] if name == metric else []
+    return [line.variant, *figures, score, duration(line.trial_s), trials]
 
 
 def markdown(report: Report) -> str:
@@ -278,14 +309,27 @@ def markdown(report: Report) -> str:
     parts += [report.note, ""] if report.note else []
     parts += [f"- {name}: {text}" for name, text in report.header]
     heads = columns(report)
-    parts += ["", f"| {' | '.join(heads)} |", f"|{'|'.join(['---'] * len(heads))}|"]
+    parts += ["", *_markdown_row(heads), f"|{'|'.join(['---'] * len(heads))}|"]
     for line in report.lines:
-        row = [cell.replace("|", "\\|") for cell in cells(line, report.metric)]
-        row[1] = f"**{row[1]}**" if line.best else row[1]
-        parts.append(f"| {' | '.join(row)} |")
+        row = cells(line, report)
+        place = heads.index(report.metric)
+        row[place] = f"**{row[place]}**" if line.best else row[place]
+        parts += _markdown_row(row)
+    if others := others_table(report.other_methods, report.published):
+        parts += ["", *_markdown_row(others[0]), f"|{'|'.join(['---'] * len(others[0]))}|"]
+        parts += [text for row in others[1:] for text in _markdown_row(row)]
     parts += ["", *_remarks(report)]
+    parts += [f"- {text}" for text in _sources(report)]
     parts += [f"- {label}: {text}" for label, text in report.errors]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def _markdown_row(row: Sequence[str]) -> list[str]:
+    return [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"]
+
+
+def _sources(report: Report) -> list[str]:
+    return sources([(line.variant, line.published) for line in report.lines])
 
 
 def _remarks(report: Report) -> list[str]:
@@ -317,14 +361,17 @@ def as_csv(report: Report) -> str:
     states = list(dict.fromkeys(state for line in report.lines for state in line.states))
     names = ("mean", "std", "n", "diff_mean", "diff_std", "pairs", "bg_score", "trial_s", "baseline", "best")
     data = ("split", "count", "protocol", "generated", "same_as")
-    writer.writerow(["variant", *factors, "metric", *data, *names, *(state.lower() for state in states)])
+    heads = ["variant", *factors, "metric", *data, *names, *(state.lower() for state in states)]
+    writer.writerow([*heads, *csv_columns(report.published)])
     for line in report.lines:
         known = [line.factors.get(name) for name in factors]
         numbers = [getattr(line, name) for name in names]
         trials = [line.states.get(state, 0) for state in states]
         split, same = metric_split(report.metric), "; ".join(line.same_as)
         told = [split, line.count, line.protocol, report.generated, same]
-        writer.writerow([line.variant, *known, report.metric, *told, *numbers, *trials])
+        more = csv_cells(report.published, line.means(report.metric), line.published)
+        writer.writerow([line.variant, *known, report.metric, *told, *numbers, *trials, *more])
+    writer.writerows(csv_rows(report.published, report.other_methods, len(heads) - 1))
     return text.getvalue()
 
 
@@ -342,7 +389,7 @@ def print_report(report: Report, console: Console) -> None:
     """Print the report: a table on a terminal, plain lines elsewhere (nothing is cut to a width)."""
     for name, text in report.header:
         console.print(f"{name}: {text}", highlight=False, markup=False, soft_wrap=True)
-    table_cells = [cells(line, report.metric) for line in report.lines]
+    table_cells = [cells(line, report) for line in report.lines]
     if console.is_terminal:
         table = Table(title=Text(f"study {report.study}"), title_justify="left")
         for column in columns(report):
@@ -354,12 +401,13 @@ def print_report(report: Report, console: Console) -> None:
         console.print(table)
     else:
         for line, row in zip(report.lines, table_cells, strict=True):
-            row[1] += " *" if line.best else ""
+            row[columns(report).index(report.metric)] += " *" if line.best else ""
         for text in align([columns(report), *table_cells]):
             console.print(text, highlight=False, markup=False, soft_wrap=True)
         console.print("* the best mean", highlight=False, markup=False)
-    for remark in filter(None, _remarks(report)):
-        console.print(remark, highlight=False, markup=False, soft_wrap=True)
+    others = others_table(report.other_methods, report.published)
+    for text in [*(align(others) if others else []), *_sources(report), *filter(None, _remarks(report))]:
+        console.print(text, highlight=False, markup=False, soft_wrap=True)
     for label, text in report.errors:
         console.print(f"{label}: {text}", highlight=False, markup=False, soft_wrap=True)
 

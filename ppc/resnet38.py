@@ -88,14 +88,23 @@ class ResNet38d(nn.Module):
         self.bn7 = nn.BatchNorm2d(4096)
 
     def forward(self, image_N3HW: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        conv4, conv5, conv6 = self.levels(image_N3HW, ("conv4", "conv5", "conv6"))
+        return conv4, conv5, conv6
+
+    def levels(self, image_N3HW: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        """The maps of these names among conv3 (256 channels, stride 4), conv4, conv5 and conv6 (stride 8)."""
         x = self.conv1a(image_N3HW)
         for block in (self.b2, self.b2_1, self.b2_2, self.b3, self.b3_1, self.b3_2):
             x, _ = block(x)
+        found = {}
         for block in (self.b4, self.b4_1, self.b4_2, self.b4_3, self.b4_4, self.b4_5):
-            x, _ = block(x)
-        x, conv4 = self.b5(x)
+            x, tap = block(x)
+            if block is self.b4 and "conv3" in names:
+                found["conv3"] = tap
+        x, found["conv4"] = self.b5(x)
         for block in (self.b5_1, self.b5_2):
             x, _ = block(x)
-        x, conv5 = self.b6(x)
+        x, found["conv5"] = self.b6(x)
         x, _ = self.b7(x)
-        return conv4, conv5, F.relu(self.bn7(x))
+        found["conv6"] = F.relu(self.bn7(x))
+        return tuple(found[name] for name in names)

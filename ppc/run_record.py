@@ -7,6 +7,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from hashlib import sha256
 from io import StringIO
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -49,8 +50,9 @@ def metric_name(name: str) -> str:
 
 
 def image_name(name: str) -> str:
-    """A name that MLflow takes for an image."""
-    return re.sub(r"[^a-zA-Z0-9_\-.]", "_", name)
+    """A name that MLflow takes for an image; of two that differ in letters it does not take, each has its own."""
+    plain = re.sub(r"[^a-zA-Z0-9_\-.]", "_", name)
+    return plain if plain == name else f"{plain}-{sha256(name.encode()).hexdigest()[:6]}"
 
 
 def code_tags(study: dict[str, Any], key: str | None = None) -> dict[str, str]:

@@ -24,8 +24,8 @@ from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedExc
 
 from ppc.artifacts import read_json, write_json
 from ppc.config import RuntimeConfig
+from ppc.data.dataset import OR_SKIP
 from ppc.data.labels import DataError
-from ppc.data.voc import IMAGE_FOLDERS, OR_SKIP
 from ppc.faults import StorageError, as_data
 from ppc.places import StoragePath, names_in
 from ppc.redact import without_secrets
@@ -96,7 +96,7 @@ def remedy(error: BaseException) -> str | None:
                 "ppc study resume STUDY --max-concurrent 1, or let one take less: --set runtime.loader_workers=0 "
                 "--set runtime.images_per_task=4"
             )
-        if isinstance(seen, DataError) and Path(seen.path).parent.name in IMAGE_FOLDERS:
+        if isinstance(seen, DataError) and seen.of_image:
             return OR_SKIP
         seen = seen.__cause__
     return None

@@ -121,7 +121,7 @@ def _likeness(wrong: str, name: str) -> float:
 
 @cache
 def nearest(model: Model, loc: tuple[str, ...]) -> tuple[str, ...]:
-    """Dotted names of `model` most like the wrong one at `loc`, best first; those of the same section win ties."""
+    """Dotted names of `model` most like the wrong one at `loc`, best first. Ties go to those of the same section."""
     *place, wrong = ".".join(loc).split(".")
     at = model_at(model, tuple(place))
     here = [".".join([*place, name]) for name in at.model_fields] if at is not None else []
@@ -134,7 +134,10 @@ def nearest(model: Model, loc: tuple[str, ...]) -> tuple[str, ...]:
         return tuple(get_close_matches(dotted, fields(model), n=1, cutoff=0.75))
     best = [name for name, like in likeness.items() if like == top]
     best.sort(key=lambda name: SequenceMatcher(None, dotted, name).ratio(), reverse=True)
-    return tuple(best[: 1 if place else 3])
+    if not place:  # train.learning_rate comes before those of the nets that few trials have
+        depth = min(name.count(".") for name in best)
+        return tuple(name for name in best if name.count(".") == depth)[:3]
+    return tuple(best[:1])
 
 
 def _unknown(model: Model, loc: tuple[str, ...]) -> str:
@@ -316,6 +319,7 @@ def study_schema() -> dict[str, Any]:
         **study["properties"],
         "base": {"$ref": "#/$defs/TrialConfig"},
         "tiny": fields_ref,
+        "scenes": fields_ref,
     }
     study.update(
         properties=properties,

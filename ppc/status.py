@@ -8,7 +8,8 @@ from rich.table import Table
 from rich.text import Text
 
 from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, STOPPED, TrialRow, stopped_at
-from ppc.report import align, duration, is_iou, number, one_line
+from ppc.published import is_iou
+from ppc.report import align, duration, number, one_line
 
 STATUS_COLUMNS = ("trial", "state", "try", "stage", "progress", "left", "result", "error")
 STYLES = {FINISHED: "green", FAILED: "red", KILLED: "red", INTERRUPTED: "yellow", STOPPED: "blue"}

@@ -15,9 +15,9 @@ from pydantic import TypeAdapter, ValidationError
 from ppc.axes import axis_values, check_axes, check_change, check_search
 from ppc.config import TrialConfig
 from ppc.loading import Override, get, override_all, place
-from ppc.loading import tiny as shrink
 from ppc.schema import ConfigError, Problem, Raw, check_path, fields, origin_of, problems_of, show
-from ppc.study_config import DesignConfig, StudyConfig, Variant
+from ppc.study_config import DesignConfig, StudyConfig, Twin, Variant
+from ppc.twins import as_twin, design_of, extras
 
 BASE, FULL = "base", "full"
 Check = Callable[[TrialConfig], Iterable[tuple[str, str]]]
@@ -242,27 +242,29 @@ def proposed(
     return _resolve([draft], base, f"study {study.name}", check) or _finish([draft], study)
 
 
-def shared_base(study: StudyConfig, *, overrides: Sequence[Override] = (), tiny: bool = False) -> Raw:
-    """The base of all trials with --tiny and overrides, as `expand` takes it."""
+def shared_base(study: StudyConfig, *, overrides: Sequence[Override] = (), twin: Twin = "full") -> Raw:
+    """The base of all trials of a twin with overrides, as `expand` takes it."""
     base = Raw(study.base)
     varied = _varied(study.design, base)
-    return override_all(shrink(base, study.tiny, keep=varied) if tiny else base, overrides)
+    return override_all(as_twin(base, twin, extras(study, twin), keep=varied), overrides)
 
 
 def expand(
-    study: StudyConfig, *, overrides: Sequence[Override] = (), tiny: bool = False, check: Check | None = None
+    study: StudyConfig, *, overrides: Sequence[Override] = (), twin: Twin = "full", check: Check | None = None
 ) -> list[TrialSpec]:
     """Every trial of a study, variant by variant; ConfigError holds the problems of the design and of all variants.
 
-    Order of precedence, lowest first: base, --tiny (but for the fields that the design varies), the study's `tiny`,
-    overrides, the design. `check` gives the (dotted path, problem) pairs that only layers above know of, such as a
-    backbone that is not registered. Of a search these are the trials of its base, with which it begins.
+    Order of precedence, lowest first: base, the twin's values (but for the fields that the design varies), the study's
+    own for it, overrides, the design. `check` gives the (dotted path, problem) pairs that only layers above know of,
+    such as a backbone that is not registered. Of a search these are the trials of its base, with which it begins.
     """
-    design, base, where = study.design, Raw(study.base), f"study {study.name}"
+    base, where = Raw(study.base), f"study {study.name}"
+    study = study.model_copy(update={"design": design_of(study.design, base, twin)})
+    design = study.design
     overridden = [item.partition("=")[0].strip() if isinstance(item, str) else item[0] for item in overrides]
     problems = [*_seed_problems(study), *_check_design(design, overridden)]
     try:
-        base = shared_base(study, overrides=overrides, tiny=tiny)
+        base = shared_base(study, overrides=overrides, twin=twin)
     except ConfigError as error:
         problems += error.problems
     drafts = _drafts(design)

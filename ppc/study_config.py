@@ -8,6 +8,8 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from ppc.config import Section
 
+Twin = Literal["full", "tiny", "scenes"]  # of a study: as written, for seconds, or the whole design on generated scenes
+
 
 class Variant(Section):
     """A named row of a `list`, `ladder` or `leave_one_out` design."""
@@ -92,6 +94,21 @@ class EarlyStopping(Section):
     )
 
 
+class Published(Section):
+    """What was published of a variant, or of a method that this study does not run."""
+
+    variant: str | None = Field(None, description="a variant of this study; the figures stand beside its own")
+    method: str | None = Field(None, min_length=1, description="another method; its row comes after the table")
+    values: dict[str, Annotated[float, Field(ge=0, le=100)]] = Field(min_length=1, description="metric -> per cent")
+    source: str = Field(pattern=r"\S", description="where the figures can be looked up")
+
+    @model_validator(mode="after")
+    def _one_name(self) -> Published:
+        if (self.variant is None) == (self.method is None):
+            raise ValueError("should have either `variant`, a row of this study, or `method`, the name of another's")
+        return self
+
+
 class StudyConfig(Section):
     """Variants x seeds: one ablation table."""
 
@@ -101,6 +118,11 @@ class StudyConfig(Section):
     design: DesignConfig
     trial_seeds: list[int] = Field(default=[0], min_length=1, description="seeds of every variant")
     metric: str = Field("mask_miou_train", description="the metric that decides")
+    columns: list[str] = Field(
+        default_factory=list, description="metrics of the table, in order; empty: the one that decides, then all others"
+    )
+    published: list[Published] = Field(default_factory=list, description="figures of papers, of VOC 2012 at full size")
     max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as fit the cluster")
     early_stopping: EarlyStopping | None = Field(None, description="null: every trial trains to its last epoch")
     tiny: dict[str, Any] = Field(default_factory=dict, description="dotted fields that --tiny sets beside its own")
+    scenes: dict[str, Any] = Field(default_factory=dict, description="dotted fields that --scenes sets beside its own")

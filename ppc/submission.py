@@ -18,7 +18,7 @@ from PIL import Image
 
 from ppc.artifacts import Storage
 from ppc.config import TrialConfig
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.ledger import TrialRow
 from ppc.places import atomic_write, read_bytes, size_of
 from ppc.stages.products import PRODUCTS
@@ -73,7 +73,7 @@ def write_submission(storage: Storage, row: TrialRow, out: Path, *, split: str, 
     return inside
 
 
-def check_submission(path: Path, dataset: VocLayout, split: str) -> list[str]:
+def check_submission(path: Path, dataset: Dataset, split: str) -> list[str]:
     """All that is wrong with an archive for the server, a line each; none when it can be sent. Nothing is unpacked."""
     wanted = list(dict.fromkeys(dataset.ids(split)))
     seen: Counter[str] = Counter()
@@ -120,7 +120,7 @@ def _place(entry: tarfile.TarInfo, split: str) -> tuple[str, str, str | None]:
     return match[1], match[2], None
 
 
-def _complaints(data: bytes, image_id: str, dataset: VocLayout, wanted: set[str]) -> Iterator[str]:
+def _complaints(data: bytes, image_id: str, dataset: Dataset, wanted: set[str]) -> Iterator[str]:
     """What is wrong with one label map."""
     if image_id not in wanted:
         yield "its image is not on the list"

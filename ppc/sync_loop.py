@@ -25,7 +25,7 @@ class Tracker(Protocol):
         """Send what is new. `final`: the launch has ended."""
 
     def attach(self, paths: Sequence[StoragePath]) -> None:
-        """Add files (the report) to the record of the launch; a `report.md` becomes the study's note too."""
+        """Add files (the report, PNGs) to the record of the launch; a `report.md` becomes the study's note too."""
 
     def close(self) -> None:
         """Let go of connections."""

@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
+from hashlib import sha256
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -236,6 +237,9 @@ class MlflowTracker:
         with self._writing():
             launch = self._open_launch(final=True)
             for path in paths:
+                if path.suffix == ".png":
+                    self._attach_picture(launch, path)
+                    continue
                 text = read_bytes(path).decode()
                 mark = content_key(text)
                 if not launch["deleted"] and launch["sent"].get(f"file/{path.name}") != mark:
@@ -244,6 +248,14 @@ class MlflowTracker:
                 if path.name == "report.md":
                     self._set_note(text)
             self._save()
+
+    def _attach_picture(self, launch: dict[str, Any], path: StoragePath) -> None:
+        picture = read_bytes(path)
+        mark = sha256(picture).hexdigest()
+        if not launch["deleted"] and launch["sent"].get(f"file/{path.name}") != mark:
+            with Image.open(BytesIO(picture)) as image:
+                self._mlflow.log_image(launch["id"], image, artifact_file=f"figures/{path.name}")
+            launch["sent"][f"file/{path.name}"] = mark
 
     def close(self) -> None:
         """See `Tracker.close`."""

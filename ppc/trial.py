@@ -20,7 +20,7 @@ from ppc.backbones import BACKBONES, backbone_problem, build_backbone
 from ppc.broken import leave_out_broken, skipped
 from ppc.config import SALIENCY, SAME, DataConfig, OptimConfig, OwnBackbone, TrialConfig
 from ppc.crf import PRESETS
-from ppc.data import DataError, VocLayout, open_dataset
+from ppc.data import DataError, Dataset, open_dataset
 from ppc.data.check import fingerprint
 from ppc.deeplab import SEG_HEADS
 from ppc.faults import storage_error
@@ -40,7 +40,10 @@ from ppc.stages import (
     versions_of,
     weights_name,
 )
+from ppc.stages.make_seeds import seedless
 from ppc.stages.products import products_of, splits_of
+from ppc.stages.train_irn import problems as irn_problems
+from ppc.stages.train_psa import problems as psa_problems
 from ppc.train import TrainingStopped
 
 
@@ -77,14 +80,14 @@ def tagged_splits(cfg: TrialConfig) -> list[str]:
     return list(dict.fromkeys([cfg.data.train_split, *seeded]))
 
 
-def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, VocLayout]:
+def prepare_data(data: DataConfig, storage: Storage) -> tuple[DataConfig, Dataset]:
     """Open the dataset; generated scenes are made when they are not there. A root that was given becomes absolute."""
     if data.root is not None:
         data = data.model_copy(update={"root": str(Path(data.root).expanduser().resolve())})
     return data, open_data(data, storage)
 
 
-def open_data(data: DataConfig, storage: Storage) -> VocLayout:
+def open_data(data: DataConfig, storage: Storage) -> Dataset:
     """The dataset of a config; without a root it is the storage's own generated one, wherever the storage is today."""
     root = storage.dataset(data_name(data)) if data.root is None else Path(data.root)
     return open_dataset(data.name, root, labels=data.labels, scenes=data.scenes.model_dump())
@@ -124,7 +127,7 @@ class Planner:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._data: dict[str, tuple[DataConfig, VocLayout]] = {}
+        self._data: dict[str, tuple[DataConfig, Dataset]] = {}
         self._prints: dict[Any, str] = {}
         self._checked: dict[tuple[str, str], bool] = {}  # of a split of a dataset, as it was checked last
         self._misfits: dict[tuple[str, int, Path], str | None] = {}
@@ -205,7 +208,7 @@ class Planner:
                 problems.append(f"{section}.weights: {found.format(section)}")
         return list(dict.fromkeys(problems))
 
-    def _leave_out(self, cfg: TrialConfig, data_key: str, dataset: VocLayout) -> None:
+    def _leave_out(self, cfg: TrialConfig, data_key: str, dataset: Dataset) -> None:
         """With data.on_broken skip: take the broken images off the trial's splits, once a split."""
         if cfg.data.on_broken == "skip":
             for split in data_splits(cfg):
@@ -214,9 +217,7 @@ class Planner:
                     leave_out_broken(dataset, split, self.storage, with_labels=tagged)
                     self._checked[data_key, split] = tagged
 
-    def _split_print(
-        self, dataset: VocLayout, data_key: str, split: str, with_saliency: bool, with_labels: bool
-    ) -> str:
+    def _split_print(self, dataset: Dataset, data_key: str, split: str, with_saliency: bool, with_labels: bool) -> str:
         what = (data_key, split, with_saliency, with_labels)
         if what not in self._prints:
             masks = dataset.has_masks(split)
@@ -252,6 +253,8 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
             )
     if cfg.data.name != "scenes" and cfg.data.root is None:
         yield "data.root", "name the folder of the dataset, for instance --set data.root=VOC2012"
+    yield from psa_problems(cfg)
+    yield from irn_problems(cfg)
     try:
         plan_stages(cfg, {})
     except ValueError as error:
@@ -303,7 +306,7 @@ def optim_of(cfg: TrialConfig, section: str) -> OptimConfig:
     return value
 
 
-def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]]:
+def check_data(cfg: TrialConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
     """What a config asks of its dataset and does not get, as (dotted field, problem): splits, sizes, masks."""
     seeds, there = cfg.seeds, dataset.splits()
     needed = {"data.train_split": [cfg.data.train_split], "seeds.splits": list(seeds.splits)}
@@ -318,11 +321,13 @@ def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]
         return
     images = len(dataset.ids(cfg.data.train_split))
     if cfg.method.name in SALIENCY and not dataset.has_saliency:
-        yield "method.name", f"{cfg.method.name} needs saliency maps: a folder SALImages in {dataset.root}"
+        yield "method.name", f"{cfg.method.name} needs saliency maps: {dataset.saliency_place}"
     for stage, section in OPTIM.items():
         batch_size = optim_of(cfg, section).batch_size
         if stage in cfg.stages and batch_size > images:
             yield f"{section}.batch_size", f"{batch_size} is more than the {images} images of {cfg.data.train_split}"
+    if {"train_psa", "train_irn"} & {*cfg.stages} and (problem := seedless(cfg, dataset)) is not None:
+        yield "seeds.splits", problem
     if "train_seg" in cfg.stages and cfg.segmentation.masks == "truth":
         if not dataset.has_masks(cfg.data.train_split):
             yield "segmentation.masks", f"truth needs masks of split {cfg.data.train_split}, and it has none"
@@ -331,8 +336,9 @@ def check_data(cfg: TrialConfig, dataset: VocLayout) -> Iterator[tuple[str, str]
         yield "seeds.protocol", f"{seeds.protocol} needs masks of split {judge}; use seeds.protocol fixed"
 
 
-def metrics_of(cfg: TrialConfig, dataset: VocLayout) -> list[str]:
-    """The metrics that a trial's stages and splits give, the one that says most last."""
+def metrics_of(cfg: TrialConfig, dataset: Dataset | None = None) -> list[str]:
+    """The metrics that a trial's stages and splits give, the one that says most last; without a dataset those that it
+    would give were there masks of all splits."""
     found = ["bg_score"] if "make_seeds" in cfg.stages else []
     if "evaluate" not in cfg.stages:
         return found
@@ -341,7 +347,7 @@ def metrics_of(cfg: TrialConfig, dataset: VocLayout) -> list[str]:
         f"{product}_miou_{split}"
         for product in products_of(before)
         for split in reversed(splits_of(product, cfg))
-        if dataset.has_masks(split)
+        if dataset is None or dataset.has_masks(split)
     ]
 
 

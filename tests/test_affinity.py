@@ -25,6 +25,7 @@ from ppc.affinity import (
     pair_affinity,
     pair_labels,
     power_background,
+    power_coefficients,
     random_walk,
     transition,
     walk_scores,
@@ -336,6 +337,22 @@ def random_step(seed: int, *, radius: int = 3) -> tuple[Tensor, Transition]:
     feature, _ = batch(seed)
     value = torch.rand((3, 6, 9), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return value, affinity_transition(pair_affinity(feature[:1], radius=radius)[0], radius=radius, beta=8)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 64, 256, 4096])
+def test_coefficients_are_those_of_the_power(steps):
+    x = np.linspace(-1, 1, 2001)
+    found = np.polynomial.chebyshev.chebval(x, power_coefficients(steps))
+    np.testing.assert_allclose(found, x**steps, rtol=0, atol=1e-13)
+    assert steps < 256 or len(power_coefficients(steps)) < steps / 2  # where the walk makes use of it
+
+
+def test_many_steps_are_those_taken_one_by_one():
+    value, step = random_step(1)
+    one_by_one = value
+    for _ in range(256):
+        one_by_one = random_walk(one_by_one, step, log2_steps=0)
+    torch.testing.assert_close(random_walk(value, step, log2_steps=8), one_by_one, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -23,6 +23,7 @@ FROZEN = {
     "resnet38d": ["conv1a", "b2", "b2_1", "b2_2"],
     "resnet50": ["conv1", "layer1"],
     "resnet101": ["conv1", "layer1"],
+    "irn_resnet50": ["conv1", "layer1", "layer2"],
     "resnet101s": ["conv1", "layer1"],
     "squeezenet1_1": ["features.0"],
     "efficientnet_b0": ["features.0"],
@@ -30,7 +31,8 @@ FROZEN = {
 }
 
 
-def build(name: str, output_stride: int = 8, seed: int = 0) -> Backbone:
+def build(name: str, output_stride: int | None = None, seed: int = 0) -> Backbone:
+    output_stride = output_stride or (16 if name == "irn_resnet50" else 8)
     return build_backbone(name, output_stride=output_stride, weights=None, normalisation="auto", seed=seed)
 
 
@@ -61,6 +63,28 @@ def test_features(backbone: Backbone) -> None:
 @pytest.mark.parametrize("name", [name for name in BACKBONES if name != "resnet38d"])
 def test_stride_16(name: str) -> None:
     check_features(build(name, 16), 64, 49)
+
+
+def check_levels(backbone: Backbone, height: int, width: int) -> None:
+    backbone.eval()
+    image = random_image(1, 3, height, width)
+    with torch.no_grad():
+        levels, last = backbone.levels(image), backbone(image).conv6
+    strides = [level.stride for level in backbone.level_info]
+    assert strides[0] == 4 and strides[-1] == backbone.output_stride and strides == sorted(strides)
+    for level, map_NDhw in zip(backbone.level_info, levels, strict=True):
+        assert map_NDhw.shape == (1, level.channels, -(-height // level.stride), -(-width // level.stride))
+    if last.shape == levels[-1].shape:
+        assert torch.equal(last, levels[-1])
+
+
+def test_levels(backbone: Backbone) -> None:
+    check_levels(backbone, 48, 65)
+
+
+@pytest.mark.parametrize("name", [name for name in BACKBONES if name != "resnet38d"])
+def test_levels_at_stride_16(name: str) -> None:
+    check_levels(build(name, 16), 64, 49)
 
 
 def test_batch_norm_stays_frozen(backbone: Backbone) -> None:
@@ -156,6 +180,8 @@ def test_timm_models_by_name() -> None:
     check_features(lite, 48, 65)
     assert lite.normalisation == NORMALISATIONS["half"]
     check_features(build("timm:tf_efficientnet_lite0", 16), 48, 65)
+    check_levels(lite, 48, 65)
+    check_levels(build("timm:tf_efficientnet_lite0", 16), 48, 65)
 
 
 def test_timm_channels_last_model_has_its_own_stride() -> None:

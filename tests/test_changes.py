@@ -202,7 +202,7 @@ def test_a_search_does_not_go_on_with_other_code_unsaid(tmp_path: Path, monkeypa
     study, storage = StudyConfig.model_validate(raw), Storage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(ppc.launch, "_next_round", lambda *rest: [])  # as if killed between two rounds
-        assert run_study(storage, "k", HERE, QUIET, define_search(study, shared_base(study, tiny=True), storage)) == 0
+        assert run_study(storage, "k", HERE, QUIET, define_search(study, shared_base(study, twin="tiny"), storage)) == 0
     before = saved(storage)
     assert len(before["trials"]) == 2
     before["search"]["base"]["contrast"]["margin"] = 0.5

@@ -244,7 +244,7 @@ def test_the_dockerfile_copies_files_that_exist_and_reach_the_builder() -> None:
     assert {"ppc", "pyproject.toml", "constraints.txt", "cluster/mlflow/serve.sh"} <= set(sources)
     for source in sources:
         assert (ROOT / source).exists() and source in kept, source
-    assert "--constraint constraints.txt" in text and '".[ray,mlflow,s3,search,timm]"' in text
+    assert "--constraint constraints.txt" in text and '".[ray,mlflow,s3,search,timm,coco]"' in text
     for need in ("psycopg2-binary", "Flask-WTF", "boto3", "USER ppc", "MLFLOW_DISABLE_TELEMETRY=true", "wget"):
         assert need in text
     assert f"-t {IMAGE} ." in text and "/etc/profile.d" in text  # login shells of KubeRay find ray

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ppc.figures import VOC_PALETTE, contact_row, heat, overlay, palette_png, read_palette_png, square
+from ppc.figures import VOC_PALETTE, heat, overlay, palette_png, picture_grid, read_palette_png, square
 
 
 def test_palette_has_vocs_colours() -> None:
@@ -77,13 +77,55 @@ def test_square_keeps_the_whole_image() -> None:
     assert (out[:3] == 255).all()
 
 
-def test_contact_row_holds_each_picture_at_one_height() -> None:
+def test_a_grid_holds_each_picture_in_its_place_under_a_title_and_names_the_classes_seen() -> None:
     red = np.zeros((10, 20, 3), np.uint8)
     red[..., 0] = 255
-    row = contact_row([red, np.full((30, 30), 1)], ["CAM", "seed"], height_px=40, gap_px=5)
-    assert row.shape == (40 + 10 + 16, 5 + 80 + 5 + 40 + 5, 3)
-    assert (row[5:45, 5:85] == [255, 0, 0]).all()
-    assert (row[5:45, 90:130] == VOC_PALETTE[1]).all()
-    assert (row[46:, 5:85] < 128).any()  # its label
-    with pytest.raises(ValueError, match="2 labels"):
-        contact_row([red], ["a", "b"])
+    label = np.full((30, 30), 1)
+    legend = {1: "disc", 2: "ring", 255: "not scored"}
+    grid = picture_grid([[red, label], [red, None]], ["image", "seed"], legend=legend, box_px=(60, 200), gap_px=5)
+    top = 5 + 18  # one line of titles
+    assert grid.shape == (top + 2 * (60 + 5) + 18 + 5 + 5, 5 + 120 + 5 + 110 + 5, 3)
+    assert (grid[top : top + 60, 5:125] == [255, 0, 0]).all() and (
+        grid[top + 65 : top + 125, 5:125] == [255, 0, 0]
+    ).all()
+    left = 130 + (110 - 60) // 2  # in the middle of a column that is as wide as a title needs
+    assert (grid[top : top + 60, left : left + 60] == VOC_PALETTE[1]).all()
+    assert (grid[top : top + 60, 130:left] == 255).all()
+    for column in (slice(5, 125), slice(130, 240)):
+        assert (grid[:top, column] < 128).any(), "a title"
+    bottom = grid[top + 130 :].reshape(-1, 3)
+    assert (bottom == VOC_PALETTE[1]).all(1).any(), "the class that is seen"
+    assert not (bottom == VOC_PALETTE[2]).all(1).any(), "one that is not"
+    assert 20 < (grid[top + 65 : top + 125, 130:240] < 200).any(-1).sum() < 400, "a word in the empty cell"
+
+
+def test_a_wide_picture_is_scaled_into_its_box_and_a_long_title_is_broken() -> None:
+    wide = np.full((10, 400, 3), [7, 99, 200], np.uint8)
+    title = "preset=official,prototype_top_k=32,cross_prototype_weight=0.1"
+    grid = picture_grid([[wide]], [title], box_px=(60, 200), gap_px=5)
+    assert grid.shape[1] == 210 and (grid == [7, 99, 200]).all(-1).sum() == 5 * 200
+    dark = np.flatnonzero((grid < 100).any(-1)[:, :5].any(1) | (grid < 100).any(-1)[:, -5:].any(1))
+    assert len(dark) == 0, "nothing is written over the edges"
+    assert grid.shape[0] >= 5 + 3 * 18 + 5, "in three lines at least"
+    short = picture_grid([[wide]], ["CAM"], box_px=(60, 200), gap_px=5)
+    assert grid.shape[0] - short.shape[0] in (36, 54)
+    twice = picture_grid([[wide]], ["CAM\nof K = 4"], box_px=(60, 200), gap_px=5)
+    assert twice.shape[0] - short.shape[0] == 18 and (twice == [7, 99, 200]).all(-1).sum() == 5 * 200
+    for top in (5, 5 + 18):
+        assert (twice[top : top + 18] < 128).any(), "each line has its words"
+
+
+def test_a_legend_that_does_not_fit_is_counted() -> None:
+    label = np.arange(64).reshape(8, 8)
+    names = {i: f"a class of number {i}" for i in range(64)}
+    full = picture_grid([[label]], ["truth"], legend=names, box_px=(60, 200))
+    bare = picture_grid([[label]], ["truth"], box_px=(60, 200))
+    assert full.shape[0] - bare.shape[0] == 8 + 4 * 18
+
+
+def test_a_grid_refuses_titles_that_do_not_match() -> None:
+    label = np.zeros((3, 3), int)
+    with pytest.raises(ValueError, match="2 titles"):
+        picture_grid([[label]], ["a", "b"])
+    with pytest.raises(ValueError, match="2 names"):
+        picture_grid([[label]], ["a"], row_names=["x", "y"])

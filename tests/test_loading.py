@@ -94,7 +94,7 @@ def test_a_missing_file_names_the_nearest(tmp_path: Path) -> None:
 def test_each_kind_of_file_says_which_command_takes_it(tmp_path: Path) -> None:
     study, trial = write(tmp_path, STUDY, "s.yaml"), write(tmp_path, "train: {epochs: 1}", "t.yaml")
     assert errors(load_trial, study) == [f"{study}: this is a study; use: ppc study launch {study}"]
-    assert errors(load_trial, study, overrides=["train.epochs=1"], shrink=True) == errors(load_trial, study)
+    assert errors(load_trial, study, overrides=["train.epochs=1"], shrink=tiny) == errors(load_trial, study)
     assert errors(load_study, trial) == [f"{trial}: this is a single trial; use: ppc run {trial}"]
     assert errors(load_study, trial, overrides=["train.epochs=1"]) == errors(load_study, trial)
 
@@ -382,7 +382,7 @@ def test_tiny_makes_room_for_values_that_stay() -> None:
 
 def test_overrides_win_over_tiny(tmp_path: Path) -> None:
     path = write(tmp_path, "train: {epochs: 9}\nseeds: {splits: [train, val]}\n")
-    config = load_trial(path, shrink=True, overrides=["train.epochs=2"])
+    config = load_trial(path, shrink=tiny, overrides=["train.epochs=2"])
     assert (config.train.epochs, config.train.crop_px, config.seeds.splits) == (2, 48, ("train", "val"))
 
 

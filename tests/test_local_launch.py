@@ -88,7 +88,7 @@ def test_a_relaunch_says_what_left_the_study_and_reuses_what_stayed(tmp_path: Pa
         "trial_seeds": [0],
     }
     study = StudyConfig.model_validate(raw)
-    specs = expand(study, tiny=True, check=check_trial)
+    specs = expand(study, twin="tiny", check=check_trial)
     said = Console(record=True, file=io.StringIO(), width=200)
     definition = define(study, specs, baseline(study, specs), storage)
     assert run_study(storage, "k", HERE, said, definition) == 0
@@ -134,7 +134,7 @@ def test_variants_that_are_one_trial_run_once_and_say_so(tmp_path: Path, monkeyp
     storage = Storage(tmp_path)
     off = {"contrast.prototype_top_k": 0}
     study = of_list({"a": off, "b": {**off, "contrast.temperature": 0.5}, "c": {"contrast.prototype_top_k": 4}})
-    specs = expand(study, tiny=True, check=check_trial)
+    specs = expand(study, twin="tiny", check=check_trial)
     definition = define(study, specs, "c", storage)
     assert [t.get("same_as") for t in definition["trials"]] == [None, "a", None]
     assert len({t["key"] for t in definition["trials"]}) == 2
@@ -158,12 +158,12 @@ def test_the_metric_that_decides_must_be_one_of_the_trials(tmp_path: Path) -> No
     storage = Storage(tmp_path)
     bad = {"metric": "mask_miou_trian", "base": {"stages": ["train_cam", "make_seeds", "refine_crf", "evaluate"]}}
     study = of_list({"a": {}, "b": {"train.learning_rate": 0.1}}, **bad)
-    specs = expand(study, tiny=True, check=check_trial)
+    specs = expand(study, twin="tiny", check=check_trial)
     with pytest.raises(ValueError, match="^metric: .*no 'mask_miou_trian'; did you mean mask_miou_train\\?$"):
         define(study, specs, "a", storage)
     no_crf = {"stages": ["train_cam", "make_seeds", "evaluate"]}
     study = of_list({"a": {}, "b": no_crf})
-    specs = expand(study, tiny=True, check=check_trial)
+    specs = expand(study, twin="tiny", check=check_trial)
     with pytest.raises(ValueError, match="^b: metric: .*no 'mask_miou_train'; did you mean seed_miou_train"):
         define(study, specs, "a", storage)
     assert define(study, specs[1:], "b", storage, any_metric=True)["metric"] == "seed_miou_train"

@@ -263,5 +263,5 @@ def test_open_dataset_makes_the_scenes(tmp_path):
     small = {**PARAMETERS, "num_train": 2, "num_val": 0}
     layout = open_dataset("scenes", tmp_path / "set", labels="masks", scenes=small)
     assert layout.label_source == "masks" and layout.splits() == ["train"]
-    with pytest.raises(ValueError, match="`coc` is none of voc, scenes"):
+    with pytest.raises(ValueError, match="`coc` is none of voc, coco, folder, scenes"):
         open_dataset("coc", tmp_path)

@@ -39,8 +39,8 @@ def study_of(axes: dict[str, Any] | None = None, seeds: tuple[int, ...] = (0,), 
 
 
 def started(study: StudyConfig) -> Search:
-    expand(study, tiny=True, check=check_trial)
-    return start(study, shared_base(study, tiny=True), None)
+    expand(study, twin="tiny", check=check_trial)
+    return start(study, shared_base(study, twin="tiny"), None)
 
 
 def rows_of(search: Search, value: Any) -> list[TrialRow]:
@@ -107,7 +107,7 @@ def test_the_value_of_a_variant_is_the_mean_of_its_seeds_and_a_failure_is_none()
 )
 def test_a_wrong_axis_is_one_clear_error(axes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        expand(study_of(axes), tiny=True, check=check_trial)
+        expand(study_of(axes), twin="tiny", check=check_trial)
 
 
 def outcome(storage: Storage) -> list[tuple[str, Any]]:
@@ -120,7 +120,7 @@ def test_a_search_that_is_killed_in_a_round_ends_as_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study = study_of()
-    base = shared_base(study, tiny=True)
+    base = shared_base(study, twin="tiny")
     calm = Storage(tmp_path / "calm")
     assert run_study(calm, "s", LOCAL, QUIET, define_search(study, base, calm)) == 0
     expected = outcome(calm)
@@ -149,7 +149,7 @@ def test_a_search_that_is_killed_in_a_round_ends_as_one_that_was_not(
 
 def test_a_round_that_another_study_has_finished_does_not_end_the_search(tmp_path: Path) -> None:
     study = study_of()
-    base = shared_base(study, tiny=True)
+    base = shared_base(study, twin="tiny")
     storage = Storage(tmp_path)
     assert run_study(storage, "s", LOCAL, QUIET, define_search(study, base, storage)) == 0
     expected = outcome(storage)

@@ -132,7 +132,7 @@ def test_table_status_and_tags_say_what_was_stopped(tmp_path: Path) -> None:
     report = build_report(study.storage, study.name)
     line = report.lines[1]
     assert line.n == 1 and line.mean == pytest.approx(0.64) and line.stopped == {1: "epoch 2, train/cls 0.53"}
-    row = cells(line, report.metric)
+    row = cells(line, report)
     assert row[2] == "1 of 2" and "seed 1 stopped at epoch 2, train/cls 0.53" in row[-1]
     text = markdown(report)
     assert "1 trial(s) were stopped early" in text and "study resume demo --stopped" in text
@@ -163,6 +163,6 @@ def test_a_metric_that_no_training_has_is_refused(tmp_path: Path) -> None:
         "early_stopping": {"metric": "train/er"},
     }
     study = StudyConfig.model_validate(raw)
-    specs = expand(study, tiny=True)
+    specs = expand(study, twin="tiny")
     with pytest.raises(ValueError, match="^name=cam: early_stopping.metric: .* no 'train/er'; there are: train/loss"):
         define(study, specs, baseline(study, specs), Storage(tmp_path))

@@ -284,12 +284,12 @@ def test_tiny_keeps_variants_distinct_and_the_study_has_a_say() -> None:
     axes = f"axes: {{{K}: [0, 64], contrast.projector_dim: [16, 32]}}"
     design = f"{{kind: grid, {axes}, baseline: {{{K}: 0, contrast.projector_dim: 32}}}}"
     config = study(design, base={"data": {"name": "voc"}}, tiny={"train.batch_size": 2, "train.epochs": 3})
-    specs = expand(config, tiny=True, overrides=["train.epochs=2"])
+    specs = expand(config, twin="tiny", overrides=["train.epochs=2"])
     assert variants(specs) == variants(expand(config)) and len(specs) == 4
     assert {(s.config.data.name, s.config.train.batch_size, s.config.train.epochs) for s in specs} == {("scenes", 2, 2)}
     # the field a design varies is left alone, else `full` would be the same as `one scale`
     one = study("{kind: leave_one_out, variants: [{name: one scale, set: {seeds.scales: [1.0]}}]}")
-    assert [s.config.seeds.scales for s in expand(one, tiny=True)] == [(0.5, 1.0, 1.5, 2.0), (1.0,)]
+    assert [s.config.seeds.scales for s in expand(one, twin="tiny")] == [(0.5, 1.0, 1.5, 2.0), (1.0,)]
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_tiny_keeps_variants_distinct_and_the_study_has_a_say() -> None:
 )
 def test_every_experiment_expands_as_it_is_and_tiny(path: Path) -> None:
     config = load_study(path)
-    full, small = expand(config), expand(config, tiny=True)
+    full, small = expand(config), expand(config, twin="tiny")
     assert [(s.variant, s.seed) for s in full] == [(s.variant, s.seed) for s in small]
     assert len({(s.variant, s.seed) for s in full}) == len(full) > 0
     assert baseline(config, full) == baseline(config, small) in variants(full)
@@ -330,7 +330,7 @@ def test_summarise_refuses_what_it_cannot_compare() -> None:
 def test_a_study_of_large_values_can_be_shrunk(kind: str) -> None:
     axes = {"views.target_px": [96, 160], "train.batch_size": [16]}
     config = StudyConfig.model_validate({"name": "s", "design": {"kind": kind, "axes": axes}})
-    specs = expand(config, tiny=True, check=check_trial)
+    specs = expand(config, twin="tiny", check=check_trial)
     assert {spec.config.train.crop_px for spec in specs} == {160}
     assert {spec.config.data.scenes.num_train for spec in specs} == {16}
     assert 160 in {spec.config.views.target_px for spec in specs}

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 from fake_study import FakeStudy
+from PIL import Image
 
 from ppc import tracking
 from ppc.artifacts import Storage, now_ms
@@ -297,6 +298,15 @@ def test_report_is_attached_and_is_the_note(fake: FakeStudy, tmp_path: Path) -> 
     tracker.attach([report])
     (parent,) = runs_of(fake, "study").values()
     client = client_of(fake)
+    assert [item.path for item in client.list_artifacts(parent.info.run_id, "report")] == ["report/report.md"]
+    pictures = [tmp_path / "cams.png", tmp_path / "predictions.png"]
+    for grey, path in enumerate(pictures):
+        Image.new("RGB", (7, 5), (grey, 0, 9)).save(path)
+    tracker.attach([report, *pictures])
+    sent = sorted(item.path for item in client.list_artifacts(parent.info.run_id, "figures"))
+    assert sent == ["figures/cams.png", "figures/predictions.png"]
+    with Image.open(client.download_artifacts(parent.info.run_id, sent[1])) as image:
+        assert image.size == (7, 5) and image.getpixel((3, 3)) == (1, 0, 9)
     assert [item.path for item in client.list_artifacts(parent.info.run_id, "report")] == ["report/report.md"]
     note = client.get_experiment_by_name("ppc/demo").tags["mlflow.note.content"]
     assert note.startswith("K of the prototypes") and "| variant | mIoU |" in note

@@ -23,6 +23,7 @@ TINY: dict[str, Any] = {
     "data.scenes.num_classes": 3, "data.scenes.num_train": 8, "data.scenes.num_val": 4, "data.scenes.image_px": 48,
     "contrast.projector_dim": 8, "contrast.prototype_top_k": 4, "views.target_px": 32,
     "train.epochs": 2, "train.batch_size": 4, "train.crop_px": 48, "train.resize_long_px": [48, 64],
+    "psa.train.epochs": 2, "psa.train.batch_size": 4, "psa.train.crop_px": 48, "psa.radius": 3,
     "seeds.scales": [1.0], "seeds.val_subset_images": 3, "seeds.overlays": 2,
     "segmentation.train.epochs": 2, "segmentation.train.batch_size": 4, "segmentation.train.crop_px": 48,
     "segmentation.test.scales": [1.0, 1.5],

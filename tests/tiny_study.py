@@ -30,7 +30,7 @@ def make_study(storage: Storage, name: str = "k", **changes: Any) -> dict[str, A
     }
     assert not changes
     study = StudyConfig.model_validate(raw)
-    specs = expand(study, tiny=True, check=check_trial)
+    specs = expand(study, twin="tiny", check=check_trial)
     definition = define(study, specs, baseline(study, specs), storage)
     save(definition, storage)
     return definition

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 
+from ppc.data.dataset import IGNORE, Dataset, file_sha
 from ppc.data.labels import DataError
-from ppc.data.voc import IGNORE, VocLayout
 
 THREADS = 8
 BROKEN_VERSION = 1  # raise it when `broken_images` finds others in the same files
@@ -32,7 +31,7 @@ class Problem:
         return f"{self.path}: {self.what}; {self.remedy}"
 
 
-def check_dataset(layout: VocLayout, splits: Iterable[str], *, with_saliency: bool = False) -> list[Problem]:
+def check_dataset(layout: Dataset, splits: Iterable[str], *, with_saliency: bool = False) -> list[Problem]:
     """Decode every listed file and compare what belongs together; every problem once, in the order of the lists.
 
     Saliency maps are read wherever they are there; `with_saliency` makes a missing one a problem.
@@ -44,6 +43,7 @@ def check_dataset(layout: VocLayout, splits: Iterable[str], *, with_saliency: bo
             lists[split] = layout.ids(split)
         except DataError as error:
             found.append(_problem(error))
+    found += [_problem(error) for error in layout.problems()]
     found += _check_lists(layout, lists)
     items = [(split, image_id) for split, ids in lists.items() for image_id in dict.fromkeys(ids)]
 
@@ -60,23 +60,19 @@ def _problem(error: DataError) -> Problem:
     return Problem(error.path, error.what, error.remedy)
 
 
-def _list_path(layout: VocLayout, split: str) -> str:
-    return str(layout.root / "ImageSets/Segmentation" / f"{split}.txt")
-
-
-def _check_lists(layout: VocLayout, lists: dict[str, list[str]]) -> Iterator[Problem]:
+def _check_lists(layout: Dataset, lists: dict[str, list[str]]) -> Iterator[Problem]:
     for split, ids in lists.items():
         for image_id, times in Counter(ids).items():
             if times > 1:
-                yield Problem(_list_path(layout, split), f"{image_id} is listed {times} times", "list every id once")
+                yield Problem(str(layout.list_path(split)), f"{image_id} is listed {times} times", "list every id once")
     val = set(lists.get("val", []))
-    for split in sorted(lists.keys() - {"val", "trainval"}):
+    for split in sorted(split for split in lists if not split.startswith(("val", "trainval"))):
         for image_id in sorted(val.intersection(lists[split])):
             what = f"{image_id} is in {split} and in val"
-            yield Problem(_list_path(layout, split), what, "take it off one list, or the score on val is not honest")
+            yield Problem(str(layout.list_path(split)), what, "take it off one list, or the score on val is not honest")
 
 
-def _check_image(layout: VocLayout, split: str, image_id: str, *, with_saliency: bool) -> Iterator[Problem]:
+def _check_image(layout: Dataset, split: str, image_id: str, *, with_saliency: bool) -> Iterator[Problem]:
     try:
         layout.image(image_id)
     except DataError as error:
@@ -90,12 +86,14 @@ def _check_image(layout: VocLayout, split: str, image_id: str, *, with_saliency:
     try:
         tags_K = layout.image_label(image_id, split=split)
         tagged = {name for name, tag in zip(layout.class_names, tags_K, strict=True) if tag}
-        if present is not None and tagged != present:
+        if present is not None and (tagged != present if layout.every_tag_has_pixels else present - tagged):
             what = f"the mask shows {_names(present)} but {image_id} is tagged {_names(tagged)}"
             path = str(layout.mask_path(image_id, split=split))
             yield Problem(path, what, f"correct the mask or the label ({layout.label_source})")
     except DataError as error:
         yield _problem(error)
+    if not (with_saliency or layout.has_saliency):
+        return
     try:
         layout.saliency(image_id)
     except DataError as error:
@@ -103,14 +101,14 @@ def _check_image(layout: VocLayout, split: str, image_id: str, *, with_saliency:
             yield _problem(error)
 
 
-def broken_images(layout: VocLayout, split: str, *, with_labels: bool = True) -> dict[str, Problem]:
+def broken_images(layout: Dataset, split: str, *, with_labels: bool = True) -> dict[str, Problem]:
     """The images of a split that cannot be used, each with its first problem, in the order of the list.
 
     A mask is asked for where any image of the split has one; a mask that contradicts the tags can be used. Without
     `with_labels` an image needs no tags: it is only predicted.
     """
     ids = list(dict.fromkeys(layout.ids(split)))
-    with_masks = _any_mask(layout, split, ids)
+    with_masks = any(layout.has_mask(image_id, split=split) for image_id in ids)
 
     def check(image_id: str) -> Problem | None:
         try:
@@ -128,33 +126,22 @@ def broken_images(layout: VocLayout, split: str, *, with_labels: bool = True) ->
         return {image_id: problem for image_id, problem in found if problem is not None}
 
 
-def _any_mask(layout: VocLayout, split: str, ids: Iterable[str]) -> bool:
-    for image_id in ids:
-        try:
-            layout.mask_path(image_id, split=split)
-        except DataError:
-            continue
-        return True
-    return False
-
-
-def raw_fingerprint(layout: VocLayout, split: str) -> str:
+def raw_fingerprint(layout: Dataset, split: str) -> str:
     """sha256 over all that decides which images of a split are broken; missing files are part of it."""
-    sources = ("cls_labels.npy", "classes.txt")
     whole = hashlib.sha256(json.dumps([BROKEN_VERSION, layout.class_names, layout.label_source, split]).encode())
-    for path in (layout.root / name for name in sources):
-        whole.update(f"\n{path.name} {_file_sha(path) if path.is_file() else None}".encode())
+    for path in layout.label_files():
+        whole.update(f"\n{path.name} {file_sha(path) if path.is_file() else None}".encode())
 
     def digest(image_id: str) -> str:
-        finders: list[Callable[[], Path]] = [
-            partial(layout.image_path, image_id),
-            partial(layout.mask_path, image_id, split=split),
-            partial(layout.annotation_path, image_id),
+        finders: list[Callable[[], str]] = [
+            lambda: file_sha(layout.image_path(image_id)),
+            partial(layout.mask_digest, image_id, split=split),
+            *layout.own_digests(image_id),
         ]
         found: list[str | None] = []
         for find in finders:
             try:
-                found.append(_file_sha(find()))
+                found.append(find())
             except DataError:
                 found.append(None)
         return json.dumps([image_id, found])
@@ -170,7 +157,7 @@ def _names(classes: set[str]) -> str:
 
 
 def fingerprint(
-    layout: VocLayout, splits: Iterable[str], *, with_masks: bool, with_saliency: bool, with_labels: bool = True
+    layout: Dataset, splits: Iterable[str], *, with_masks: bool, with_saliency: bool, with_labels: bool = True
 ) -> str:
     """sha256 over class names, lists, image-level labels and the bytes of every listed file.
 
@@ -181,26 +168,21 @@ def fingerprint(
 
     def digest(item: tuple[str, str]) -> str:
         split, image_id = item
-        paths = [layout.image_path(image_id)]
+        found = [file_sha(layout.image_path(image_id))]
         if with_masks:
-            paths.append(layout.mask_path(image_id, split=split))
+            found.append(layout.mask_digest(image_id, split=split))
         if with_saliency:
-            paths.append(layout.saliency_path(image_id))
+            found.append(file_sha(layout.saliency_path(image_id)))
         try:
             label = layout.image_label(image_id, split=split).tolist()
         except DataError:
             if with_labels:
                 raise
             label = None
-        return json.dumps([split, image_id, label, [_file_sha(path) for path in paths]])
+        return json.dumps([split, image_id, label, found])
 
     whole = hashlib.sha256(json.dumps(layout.class_names).encode())
     with ThreadPoolExecutor(THREADS) as pool:
         for line in pool.map(digest, [(split, image_id) for split, ids in lists.items() for image_id in ids]):
             whole.update(f"\n{line}".encode())
     return whole.hexdigest()
-
-
-def _file_sha(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

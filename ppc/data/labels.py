@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,19 +23,72 @@ _ARRAY_PARTS = frozenset(
         ("numpy", "dtype"),
     }
 )
+MAX_CLASSES = 254  # a mask has a byte a pixel: 0 is background, 255 is ignored
 _PATH_LINE = re.compile(r"(?:^|/)([^/]+?)\.(?:jpe?g|png)(?=\s|$)", re.IGNORECASE)
 _IMAGE_NAME = re.compile(r"(.+)\.(?:jpe?g|png)", re.IGNORECASE)
 
 
 class DataError(ValueError):
-    """Something in a data set that its owner can repair: `path`, `what` is wrong and the `remedy`."""
+    """Something in a data set that its owner can repair: `path`, `what` is wrong and the `remedy`.
 
-    def __init__(self, path: str | Path, what: str, remedy: str) -> None:
+    `of_image`: it concerns one image, which can be left out (`data.on_broken: skip`).
+    """
+
+    def __init__(self, path: str | Path, what: str, remedy: str, *, of_image: bool = False) -> None:
         super().__init__(str(path), what, remedy)
-        self.path, self.what, self.remedy = str(path), what, remedy
+        self.path, self.what, self.remedy, self.of_image = str(path), what, remedy, of_image
 
     def __str__(self) -> str:
         return f"{self.path}: {self.what}; {self.remedy}"
+
+
+SHOWN_ERRORS = 20
+
+
+class TableError(DataError):
+    """All that is wrong with a table, one thing a line; the first of them is its `path`, `what` and `remedy`."""
+
+    def __init__(self, errors: Sequence[DataError]) -> None:
+        first = errors[0]
+        super().__init__(first.path, first.what, first.remedy)
+        self.errors = tuple(errors)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return TableError, (self.errors,)
+
+    def __str__(self) -> str:
+        if len(self.errors) == 1:
+            return str(self.errors[0])
+        more = len(self.errors) - SHOWN_ERRORS
+        lines = [f"{len(self.errors)} errors:", *map(str, self.errors[:SHOWN_ERRORS])]
+        return "\n  ".join(lines + ([f"and {more} more"] if more > 0 else []))
+
+
+def check_classes(names: Sequence[str], place: str | Path) -> tuple[str, ...]:
+    """The foreground classes; DataError unless they are 1 to 254 different names."""
+    if not names or len(set(names)) < len(names) or len(names) > MAX_CLASSES:
+        raise DataError(place, f"{len(names)} names, {len(set(names))} different", "1..254 different names, one a line")
+    return tuple(names)
+
+
+def read_classes(path: Path) -> tuple[str, ...]:
+    """The class names of a text file, one a line. Raises DataError as `check_classes`."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(path, "not a UTF-8 text file", "write one class name a line") from error
+    return check_classes([line.strip() for line in lines if line.strip()], path)
+
+
+def read_list(path: Path) -> list[tuple[int, str]]:
+    """The lines of a list that are not empty, with their numbers. Raises DataError for an empty list."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise DataError(path, "not a UTF-8 text file", "write one image id a line") from error
+    if not (found := [(n, line.strip()) for n, line in enumerate(lines, 1) if line.strip()]):
+        raise DataError(path, "the list is empty", "write one image id a line")
+    return found
 
 
 def parse_id(line: str, path: Path, number: int) -> str:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from ppc.data.dataset import Dataset as ImageSet
 from ppc.data.transforms import CropBox, augment_cam
-from ppc.data.voc import VocLayout
 from ppc.seeding import derive_rng, derive_seed
 
 Normalise = Callable[[NDArray[np.uint8]], Tensor]
@@ -105,7 +105,7 @@ class CamTrainSet(TrainSet):
 
     def __init__(
         self,
-        layout: VocLayout,
+        layout: ImageSet,
         split: str,
         *,
         crop_px: int,

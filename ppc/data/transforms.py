@@ -192,6 +192,22 @@ def augment_cam(
     return CamView(image, visible_part(flip(saliency) if mirrored else saliency, box), box)
 
 
+def augment_affinity(
+    image_HW3: Uint8, score_XHW: NDArray[np.float32], *, crop_px: int, color_jitter: bool, rng: random.Random
+) -> tuple[Uint8, NDArray[np.float32]]:
+    """AffinityNet training (METHOD 1.1): colour jitter of the image, a joint crop and flip (p = .5); no rescale.
+
+    Both are `crop_px` squares, padded with 0: the caller normalises the image with its padding.
+    """
+    jitter = draw_jitter(rng, brightness=0.3, contrast=0.3, saturation=0.3, hue=0.1) if color_jitter else Jitter(())
+    box = draw_crop(rng, height=image_HW3.shape[0], width=image_HW3.shape[1], crop_px=crop_px)
+    image = apply_crop(jitter_color(image_HW3, jitter), box, fill=0)
+    score_HWX = apply_crop(np.moveaxis(score_XHW, 0, -1), box, fill=0)
+    if draw_flip(rng):
+        image, score_HWX = flip(image), flip(score_HWX)
+    return image, np.ascontiguousarray(np.moveaxis(score_HWX, -1, 0))
+
+
 def augment_segment(
     image_HW3: Uint8, label_HW: Uint8, *, scale: tuple[float, float], hsv: bool, crop_px: int, rng: random.Random
 ) -> tuple[Uint8, Uint8, CropBox]:
@@ -205,4 +221,18 @@ def augment_segment(
         image, label = flip(image), flip(label)
     factor = draw_scale(rng, *scale)
     image, label = rescale_cv(image, factor, nearest=False), rescale_cv(label, factor, nearest=True)
+    return image, label, draw_crop(rng, height=image.shape[0], width=image.shape[1], crop_px=crop_px)
+
+
+def augment_irn(
+    image_HW3: Uint8, label_HW: Uint8, *, scale: tuple[float, float], crop_px: int, rng: random.Random
+) -> tuple[Uint8, Uint8, CropBox]:
+    """IRNet's training (METHOD 1.1: IRN irn): scale, flip p = .5, crop; image, label and the crop.
+
+    Returned uncropped: normalise the image, then `apply_crop` with fill 0 for the image and 255 for the label.
+    """
+    factor = draw_scale(rng, *scale)
+    image, label = rescale(image_HW3, factor, nearest=False), rescale(label_HW, factor, nearest=True)
+    if draw_flip(rng):
+        image, label = flip(image), flip(label)
     return image, label, draw_crop(rng, height=image.shape[0], width=image.shape[1], crop_px=crop_px)

@@ -8,7 +8,7 @@ from typing import Any
 
 from ppc.artifacts import StageDir, content_key
 from ppc.config import TrialConfig
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.runtime import Runtime
 from ppc.stages.context import StageContext
 from ppc.stages.evaluate import run as evaluate
@@ -16,7 +16,11 @@ from ppc.stages.make_seeds import run as make_seeds
 from ppc.stages.predict_seg import run as predict_seg
 from ppc.stages.products import PRODUCTS, products_of, splits_of
 from ppc.stages.refine_crf import run as refine_crf
+from ppc.stages.refine_irn import run as refine_irn
+from ppc.stages.refine_psa import run as refine_psa
 from ppc.stages.train_cam import run as train_cam
+from ppc.stages.train_irn import run as train_irn
+from ppc.stages.train_psa import run as train_psa
 from ppc.stages.train_seg import TRUTH
 from ppc.stages.train_seg import run as train_seg
 
@@ -54,6 +58,16 @@ def weights_name(cfg: TrialConfig, net: str = "backbone") -> str:
 def train_contents(cfg: TrialConfig) -> list[str]:
     """The training split, and the pretrained weights."""
     return [cfg.data.train_split, weights_name(cfg)]
+
+
+def irn_contents(cfg: TrialConfig) -> list[str]:
+    """The split that IRNet is trained on, and the weights of its backbone."""
+    return [cfg.data.train_split, weights_name(cfg, "irn")]
+
+
+def psa_contents(cfg: TrialConfig) -> list[str]:
+    """The training split, and the pretrained weights of AffinityNet."""
+    return [cfg.data.train_split, weights_name(cfg, "psa")]
 
 
 def seg_contents(cfg: TrialConfig) -> list[str]:
@@ -99,6 +113,10 @@ STAGES: dict[str, Stage] = {
     "train_cam": Stage(train_cam, 1, TRAIN_READS, train_contents),
     "make_seeds": Stage(make_seeds, 1, ("seeds",), seed_splits, needs=("train_cam",)),
     "refine_crf": Stage(refine_crf, 1, ("crf",), seed_splits, needs=("make_seeds",)),
+    "train_irn": Stage(train_irn, 1, ("seed", "data", "irn"), irn_contents, needs=("make_seeds",)),
+    "refine_irn": Stage(refine_irn, 1, ("irn.walk",), seed_splits, needs=("make_seeds", "train_irn")),
+    "train_psa": Stage(train_psa, 1, ("seed", "data", "psa"), psa_contents, needs=("make_seeds",)),
+    "refine_psa": Stage(refine_psa, 1, ("psa.walk",), seed_splits, needs=("train_psa", "make_seeds")),
     "train_seg": Stage(train_seg, 1, ("seed", "data", "segmentation"), seg_contents, needs=seg_needs),
     "predict_seg": Stage(predict_seg, 1, ("segmentation.test",), test_splits, needs=("train_seg",)),
     "evaluate": Stage(evaluate, 1, ("evaluate",), scored_splits, uses=MAKERS),
@@ -149,7 +167,7 @@ def inputs_of(name: str, cfg: TrialConfig, stages: Sequence[tuple[str, str]]) ->
 
 
 def run_stage(
-    name: str, cfg: TrialConfig, folder: StageDir, inputs: Mapping[str, StageDir], dataset: VocLayout, rt: Runtime
+    name: str, cfg: TrialConfig, folder: StageDir, inputs: Mapping[str, StageDir], dataset: Dataset, rt: Runtime
 ) -> dict[str, Any]:
     """Run one stage and return its result; the caller writes the manifest."""
     return STAGES[name].run(StageContext(cfg, folder, inputs, dataset, rt))

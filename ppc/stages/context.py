@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ppc.artifacts import StageDir
 from ppc.config import TrialConfig
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.runtime import Runtime
 
 
@@ -18,5 +18,5 @@ class StageContext:
     cfg: TrialConfig
     folder: StageDir
     inputs: Mapping[str, StageDir]
-    dataset: VocLayout
+    dataset: Dataset
     rt: Runtime

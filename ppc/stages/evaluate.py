@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ppc.artifacts import Progress
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.figures import read_palette_png
 from ppc.metrics import Counts, confusion, iou, miou
 from ppc.places import StoragePath
@@ -24,7 +24,7 @@ class Shared:
     """What all chunks of images share."""
 
     folder: StoragePath  # with ID.png label maps
-    dataset: VocLayout
+    dataset: Dataset
     split: str
 
 

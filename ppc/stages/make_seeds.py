@@ -18,9 +18,9 @@ from PIL import Image
 from torch import Tensor
 
 from ppc.artifacts import Progress, StageDir
-from ppc.cam import merge_scales, seed_from_cam
+from ppc.cam import NormRule, merge_scales, seed_from_cam
 from ppc.config import TrialConfig
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.faults import StorageError
 from ppc.figures import overlay, palette_png
 from ppc.methods import METHODS
@@ -42,7 +42,7 @@ class Shared:
     cfg: TrialConfig
     folder: StageDir
     weights: StoragePath
-    dataset: VocLayout
+    dataset: Dataset
     subset: frozenset[Item] = frozenset()  # the images of protocol val_subset
     bg_score: float = 0.0
     overlays: frozenset[str] = frozenset()
@@ -81,7 +81,7 @@ def run(context: StageContext) -> dict[str, Any]:
     }
 
 
-def images_of(cfg: TrialConfig, dataset: VocLayout) -> list[Item]:
+def images_of(cfg: TrialConfig, dataset: Dataset) -> list[Item]:
     """All (split, id) that get a CAM: the splits of the seeds, and the drawn images of protocol val_subset."""
     items = [(split, image_id) for split in cfg.seeds.splits for image_id in dataset.ids(split)]
     if cfg.seeds.protocol == "val_subset":
@@ -89,7 +89,7 @@ def images_of(cfg: TrialConfig, dataset: VocLayout) -> list[Item]:
     return list(dict.fromkeys(items))
 
 
-def val_subset(cfg: TrialConfig, dataset: VocLayout) -> list[Item]:
+def val_subset(cfg: TrialConfig, dataset: Dataset) -> list[Item]:
     """The images whose masks choose the score under protocol val_subset: the same for all trials of a dataset."""
     split = cfg.seeds.val_subset_split
     ids = sorted(dataset.ids(split))
@@ -97,7 +97,7 @@ def val_subset(cfg: TrialConfig, dataset: VocLayout) -> list[Item]:
     return [(split, image_id) for image_id in sorted(derive_rng("val_subset").sample(ids, number))]
 
 
-def chosen_score(cfg: TrialConfig, dataset: VocLayout, counts: dict[str, Counts]) -> float:
+def chosen_score(cfg: TrialConfig, dataset: Dataset, counts: dict[str, Counts]) -> float:
     """The background score by the protocol of the config, from the summed curve counts of each split and VAL_SUBSET.
 
     ValueError when the masks it needs are not there.
@@ -111,6 +111,20 @@ def chosen_score(cfg: TrialConfig, dataset: VocLayout, counts: dict[str, Counts]
     chosen = counts[VAL_SUBSET if seeds.protocol == "val_subset" else split]
     curve = curve_miou(chosen, absent=seeds.absent_classes)
     return choose_bg_score(protocol="best", fixed=seeds.bg_score, thresholds_T=OFFICIAL_THRESHOLDS, miou_T=curve)
+
+
+def seedless(cfg: TrialConfig, dataset: Dataset) -> str | None:
+    """What to say when images of the training split get no CAM here; None when all get one."""
+    seeded = {image_id for _, image_id in images_of(cfg, dataset)}
+    ids = dataset.ids(cfg.data.train_split)
+    without = [image_id for image_id in ids if image_id not in seeded]
+    if not without:
+        return None
+    return (
+        f"the seeds are of [{', '.join(cfg.seeds.splits)}], but training on them is on data.train_split "
+        f"{cfg.data.train_split}: {len(without)} of its {len(ids)} images have none, the first is {without[0]}; "
+        f"add {cfg.data.train_split} to seeds.splits"
+    )
 
 
 def add_counts(totals: dict[str, Counts], part: dict[str, Counts]) -> None:
@@ -134,7 +148,7 @@ def infer_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> 
             keys = np.flatnonzero(dataset.image_label(image_id, split=split))
             image = dataset.image(image_id)
             views = [normalisation.apply(view) for view in scaled(image, cfg.seeds.scales)]
-            cam = infer_cam(net, views, keys, image.shape[:2], cfg.method.name, device)
+            cam = infer_cam(net, views, keys, image.shape[:2], cfg.method.name, device, rule=merge_rule(cfg))
             with atomic_write(path) as handle:
                 np.savez(handle, keys=keys, cam=cam)
             loaded = keys, cam
@@ -161,9 +175,21 @@ def scaled(image_HW3: Any, scales: Sequence[float]) -> list[Any]:
     ]
 
 
+def merge_rule(cfg: TrialConfig) -> NormRule:
+    """How the maps of an image's scales become its CAM."""
+    return METHODS[cfg.method.name].merge_rule if cfg.seeds.merge == "method" else cfg.seeds.merge
+
+
 @torch.inference_mode()
 def infer_cam(
-    net: CamNet, views: Sequence[Tensor], keys: Any, size: tuple[int, int], method: str, device: torch.device
+    net: CamNet,
+    views: Sequence[Tensor],
+    keys: Any,
+    size: tuple[int, int],
+    method: str,
+    device: torch.device,
+    *,
+    rule: NormRule,
 ) -> Any:
     """Multi-scale and mirrored CAM (K,H,W) float32 of an image's own classes (METHOD 3, 4.3)."""
     index = torch.as_tensor(keys, device=device)
@@ -171,7 +197,7 @@ def infer_cam(
     for view in views:
         pair = torch.stack([view, view.flip(-1)]).to(device)
         maps += list(METHODS[method].class_maps(net(pair), (pair.shape[2], pair.shape[3]))[:, index])
-    return merge_scales(maps, size=size, rule=METHODS[method].merge_rule).cpu().numpy()
+    return merge_scales(maps, size=size, rule=rule).cpu().numpy()
 
 
 def read_cam(path: StoragePath) -> tuple[Any, Any] | None:
@@ -183,6 +209,14 @@ def read_cam(path: StoragePath) -> tuple[Any, Any] | None:
         raise
     except (EOFError, ValueError, KeyError, OSError, BadZipFile, zlib.error):
         return None
+
+
+def whole_cam(seeds: StageDir, image_id: str) -> tuple[Any, Any]:
+    """Keys and CAM of an image from a finished stage. ValueError when it is not there."""
+    loaded = read_cam(seeds / "cams" / f"{image_id}.npz")
+    if loaded is None:
+        raise ValueError(f"{seeds / 'cams'} has no whole CAM of {image_id}; delete {seeds.path}")
+    return loaded
 
 
 def seed_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> None:

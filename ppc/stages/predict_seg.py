@@ -16,7 +16,7 @@ from ppc.artifacts import Progress, StageDir
 from ppc.backbones import Normalisation
 from ppc.config import TrialConfig
 from ppc.crf import LABEL_GT_PROB, PRESETS, CrfParams, crf_labels, crf_soft
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.deeplab import SegNet
 from ppc.figures import palette_png
 from ppc.places import StoragePath, size_of
@@ -32,7 +32,7 @@ class Shared:
     cfg: TrialConfig
     folder: StageDir
     weights: StoragePath
-    dataset: VocLayout
+    dataset: Dataset
 
 
 def run(context: StageContext) -> dict[str, Any]:

@@ -11,11 +11,11 @@ import torch
 from ppc.artifacts import Progress, StageDir
 from ppc.config import CrfConfig
 from ppc.crf import PRESETS, refine_seed
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.figures import palette_png
 from ppc.places import size_of
 from ppc.stages.context import StageContext
-from ppc.stages.make_seeds import images_of, read_cam
+from ppc.stages.make_seeds import images_of, whole_cam
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Shared:
     cfg: CrfConfig
     folder: StageDir
     seeds: StageDir
-    dataset: VocLayout
+    dataset: Dataset
     bg_score: float
 
 
@@ -48,10 +48,7 @@ def refine_chunk(shared: Shared, ids: Sequence[str], device: torch.device) -> No
         path = shared.folder / "masks" / f"{image_id}.png"
         if size_of(path) is not None:  # it was written whole
             continue
-        loaded = read_cam(shared.seeds / "cams" / f"{image_id}.npz")
-        if loaded is None:
-            raise ValueError(f"{shared.seeds / 'cams'} has no whole CAM of {image_id}; delete {shared.seeds.path}")
-        keys, cam_KHW = loaded
+        keys, cam_KHW = whole_cam(shared.seeds, image_id)
         mask_HW = refine_seed(
             shared.dataset.image(image_id),
             cam_KHW,

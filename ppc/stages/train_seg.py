@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ppc.backbones import Normalisation, build_backbone
 from ppc.config import TrialConfig
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.data.loader import Normalise, TrainSet
 from ppc.data.transforms import apply_crop, augment_segment
 from ppc.deeplab import SegNet, official_momentum
@@ -112,7 +112,7 @@ class SegTrainSet(TrainSet):
 
     def __init__(
         self,
-        layout: VocLayout,
+        layout: Dataset,
         split: str,
         *,
         masks: StoragePath | None,

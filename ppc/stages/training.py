@@ -15,7 +15,7 @@ from torch import nn
 from ppc.artifacts import StageDir, read_json, write_json
 from ppc.backbones import Backbone, Normalisation
 from ppc.config import OptimConfig, TrialConfig
-from ppc.data import VocLayout
+from ppc.data import Dataset
 from ppc.data.loader import Loader, TrainSet
 from ppc.faults import StorageError
 from ppc.optim import effective_momentum, make_sgd, param_groups
@@ -31,7 +31,7 @@ class Payload:
     cfg: TrialConfig
     folder: StageDir
     inputs: Mapping[str, StageDir]
-    dataset: VocLayout
+    dataset: Dataset
     make_job: Callable[[Payload, torch.device], Job]
 
 
