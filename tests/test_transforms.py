@@ -72,6 +72,12 @@ def test_segmentation_flip_mirrors_image_and_label(vectors):
     np.testing.assert_array_equal(image, shifted[:, ::-1])
 
 
+def test_segmentation_without_the_hsv_shift_leaves_colours_alone(vectors):
+    knobs = {"scale": (1.0, 1.0), "hsv": False, "crop_px": 32}
+    image, _, _ = T.augment_segment(vectors["image"], vectors["label"], **knobs, rng=random.Random(0))
+    assert any(np.array_equal(image, side) for side in (vectors["image"], vectors["image"][:, ::-1]))
+
+
 def _third_draw_flips(seed: int) -> bool:
     rng = random.Random(seed)
     T.draw_hsv(rng, 10)
