@@ -74,6 +74,34 @@ def test_a_trial_on_coco_of_80_classes(tmp_path: Path) -> None:
     assert set(masks["COCO_val2014_000000000501"].flat) <= allowed
 
 
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Storage]:
+    """One COCO and one storage, so that a trial finds the CAM that another has trained."""
+    folder = tmp_path_factory.mktemp("shared")
+    return make_coco(folder / "coco"), Storage(folder / "storage")
+
+
+LATER = {
+    "psa_mask": (["train_psa", "refine_psa"], {"psa.train.crop_px": 48}),
+    "irn_mask": (["train_irn", "refine_irn"], {"irn.train.crop_px": 96}),
+    "seg": (["refine_crf", "train_seg", "predict_seg"], {"segmentation.train.crop_px": 48}),
+}
+
+
+@pytest.mark.parametrize("product", LATER)
+def test_the_nets_after_the_cam_with_80_classes(product: str, shared: tuple[Path, Storage]) -> None:
+    root, storage = shared
+    stages, changes = LATER[product]
+    if not set(stages) <= set(STAGES):
+        pytest.skip(f"no stages {', '.join(stages)} here")
+    section = next(iter(changes)).partition(".")[0]
+    changes = {**changes, f"{section}.train.epochs": 1, f"{section}.train.batch_size": 4}
+    all_stages = ["train_cam", "make_seeds", *stages, "evaluate"]
+    plan = planned(storage, root, "coco", **{**changes, "stages": all_stages, "seeds.splits": ["train", "val"]})
+    result = run(storage, plan)
+    assert f"{product}_miou_val" in result["metrics"] and len(result["per_class_iou"][f"{product}_val"]) == 81
+
+
 def open_coco(root: Path) -> Dataset:
     return data_module.open_dataset("coco", root)
 

@@ -84,7 +84,7 @@ class CocoLayout(Dataset):
         if part not in self._files:
             raise DataError(path, f"no split `{split}`", f"this data set has: {', '.join(self.splits())}")
         index = self._index(part)
-        tagged_N = [bool(row_K.any()) for row_K in index.tag_NK]
+        tagged_N = (index.tag_NK.sum(axis=1) > 0).tolist()
         found = [one for one, tagged in zip(index.ids, tagged_N, strict=True) if tagged or split == part]
         if not found:
             raise DataError(path, "it has no image with an annotation", "use another split")
