@@ -23,6 +23,7 @@ from ppc.figures import IGNORE, overlay, picture_grid, read_palette_png
 from ppc.ledger import FINISHED, TrialRow, read_rows, stage_dirs
 from ppc.names import check_name
 from ppc.places import StoragePath, atomic_write, size_of
+from ppc.redact import without_secrets
 from ppc.stages.make_seeds import read_cam
 from ppc.stages.products import PRODUCTS, products_of, splits_of
 from ppc.trial import open_data
@@ -301,7 +302,7 @@ def draw_study(
         try:
             save_picture(draw(), folder / name)
         except Exception as error:  # a figure is no result: whatever is wrong with it, the study has its table
-            problems.append(f"{name} was not drawn: {type(error).__name__}: {error}")
+            problems.append(without_secrets(f"{name} was not drawn: {type(error).__name__}: {error}"))
         else:
             files.append(folder / name)
     return files, problems

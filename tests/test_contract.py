@@ -42,7 +42,8 @@ REFINEMENTS = {
     "irn_mask": ["train_irn", "refine_irn"],
 }
 SEGMENTATION = ["train_seg", "predict_seg"]
-OWN = {name: value for name, value in TINY.items() if name.split(".")[0] in ("psa", "irn", "segmentation")}
+NETS = ("psa", "irn", "segmentation")
+OWN = {name: v for name, v in TINY.items() if name.split(".")[0] in NETS and not isinstance(v, dict)}  # fields alone
 CASES = [
     (method, contrast, refinement, HEADS[(m + r + 2 * contrast) % len(HEADS)])
     for (m, method), contrast, (r, refinement) in product(enumerate(METHODS), (False, True), enumerate(REFINEMENTS))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from fake_study import FakeStudy
+from PIL import Image
 
 from ppc import cli, mlflow_embedded, tracking
 from ppc.artifacts import now_ms
@@ -147,3 +148,16 @@ def test_ui_ends_the_dead_before_it_serves(
     memory.write_text(memory.read_text().replace('"ended"', '"other"'))
     cli.ui("one", str(one.storage.root))
     assert len(served) == 2 and "may be shown as running that are not" in capsys.readouterr().out
+
+
+def test_sync_sends_the_figures_that_a_launch_has_drawn(one: FakeStudy) -> None:
+    one.finish(0, 0.5)
+    launch_of(one)
+    report = Path(one.storage.study("one").path) / "report"
+    report.mkdir()
+    Image.new("RGB", (4, 4)).save(report / "cams.png")
+    sync_studies(one.storage, ["one"], None)
+    client = tracking._client(default_uri(one.storage))
+    experiment = client.get_experiment_by_name("ppc/one").experiment_id
+    (parent,) = client.search_runs([experiment], "tags.`ppc.kind` = 'study'")
+    assert [item.path for item in client.list_artifacts(parent.info.run_id, "figures")] == ["figures/cams.png"]
