@@ -12,8 +12,6 @@ from ppc.launch import Where, define, run_study
 from ppc.ledger import FINISHED, read_rows
 from ppc.loading import load_study, load_trial
 from ppc.published import check_published
-from ppc.schema import fields
-from ppc.stages import STAGES
 from ppc.study import baseline, expand
 from ppc.study_config import Twin
 from ppc.trial import check_trial
@@ -21,15 +19,10 @@ from ppc.twins import study_of
 
 PAPER = Path(__file__).parent.parent / "experiments" / "paper"
 TABLES = sorted(PAPER.glob("table*.yaml"))
-# Tables 1 to 4 need what other branches bring: stages train_psa, refine_psa, train_irn, refine_irn, train_seg and
-# predict_seg, and the fields of their sections. WAITS FOR THE MERGE: after it this is False, and the mark can go.
-WAITS = not {"train_psa", "train_irn", "train_seg"} <= set(STAGES) or "segmentation.head" not in fields()
-LATER = ("table1", "table2", "table3", "table4")
 
 
-def params(paths: list[Path]) -> list[object]:
-    waits = pytest.mark.skipif(WAITS, reason="needs the stages of PSA, IRN and segmentation, which are not merged yet")
-    return [pytest.param(path, id=path.stem, marks=[waits] if path.stem in LATER else []) for path in paths]
+def stem(path: Path) -> str:
+    return path.stem
 
 
 def test_all_seven_are_there() -> None:
@@ -46,7 +39,7 @@ def test_the_base_is_the_papers_size() -> None:
     assert (trial.contrast.temperature, trial.contrast.projector_dim) == (0.1, 128)
 
 
-@pytest.mark.parametrize("path", params(TABLES))
+@pytest.mark.parametrize("path", TABLES, ids=stem)
 def test_it_validates_and_its_twins_expand(path: Path) -> None:
     study = load_study(path)
     check_published(study)
@@ -70,7 +63,7 @@ def test_every_header_has_command_paper_and_cost() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", params(TABLES))
+@pytest.mark.parametrize("path", TABLES, ids=stem)
 def test_it_runs_tiny(path: Path, tmp_path: Path) -> None:
     """The first and the last row, and the baseline: one trial each."""
     study = load_study(path, overrides=["trial_seeds=[0]"])
