@@ -25,13 +25,13 @@ from ppc.launch import define, save
 from ppc.ledger import read_rows
 from ppc.loading import load_trial
 from ppc.optim import poly_lr, set_lr
+from ppc.planning import open_data, prepare_data
 from ppc.ray_study import cluster, run_rows
 from ppc.runtime import prepare_process
 from ppc.stages.train_cam import make_job
 from ppc.stages.training import Payload
 from ppc.study import TrialSpec
 from ppc.study_config import DesignConfig, StudyConfig, Variant
-from ppc.trial import open_data, prepare_data
 
 FILE = Path(__file__).resolve().parent.parent / "experiments" / "scenes_seam_ppc.yaml"
 CPU = torch.device("cpu")

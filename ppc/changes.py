@@ -19,9 +19,9 @@ from pydantic import BaseModel
 from ppc.artifacts import now_ms
 from ppc.config import DataConfig, TrialConfig
 from ppc.loading import validate_trial
+from ppc.planning import Planner, data_name
 from ppc.schema import fields, model_in, show
 from ppc.stages import WEIGHTS
-from ppc.trial import Planner, data_name
 
 SHOWN = 6  # names of trials in a list
 SHOWN_LINES = 12

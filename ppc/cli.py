@@ -137,13 +137,13 @@ def study_launch(
 ) -> None:
     """Run all trials of a study that have no result yet. Launching again goes on where it stopped."""
     refuse_job_server(address, f"ppc submit {file}")
+    from ppc.checks import check_trial
     from ppc.config import TrialConfig
     from ppc.launch import Where, define, define_search
     from ppc.loading import load_study
     from ppc.published import check_published
     from ppc.search import describe, shrunk, start
     from ppc.study import baseline, expand, shared_base
-    from ppc.trial import check_trial
     from ppc.twins import study_of, twin_of
 
     twin = twin_of(tiny=tiny, scenes=scenes)

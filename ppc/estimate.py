@@ -16,13 +16,13 @@ import torch
 
 from ppc.artifacts import Storage, content_key, read_json, write_json
 from ppc.backbones import build_backbone
+from ppc.checks import optim_of
 from ppc.config import TrialConfig
 from ppc.data import DataError, Dataset, open_dataset
 from ppc.places import names_in
 from ppc.published import VOC_IMAGES
 from ppc.stages import NETS, OPTIM, STAGES, WEIGHTS, plan_stages
 from ppc.stages.products import PRODUCTS, products_of, splits_of
-from ppc.trial import optim_of
 
 VOC_SIZE = (375, 500)  # of most of VOC's photographs; used where the images are not there
 VOC_TAGS = 1.5  # classes of an image

@@ -23,10 +23,10 @@ from ppc.figures import IGNORE, overlay, picture_grid, read_palette_png
 from ppc.ledger import FINISHED, TrialRow, read_rows, stage_dirs
 from ppc.names import check_name
 from ppc.places import StoragePath, atomic_write, size_of
+from ppc.planning import open_data
 from ppc.redact import without_secrets
 from ppc.stages.make_seeds import read_cam
 from ppc.stages.products import PRODUCTS, products_of, splits_of
-from ppc.trial import open_data
 
 Picture = npt.NDArray[np.uint8]
 KINDS = ("stages", "cams", "predictions")

@@ -28,12 +28,12 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
+from ppc.checks import check_trial
 from ppc.config import TrialConfig
 from ppc.loading import load_study
 from ppc.pack import JOB_ENV, STOP_WAIT_S, LaunchOptions, experiment_files, is_absolute, job_env, packed, shared_storage
 from ppc.published import check_published
 from ppc.study import expand
-from ppc.trial import check_trial
 from ppc.twins import name_of
 
 # The driver of a study belongs on the head, and takes no CPU from the trials.

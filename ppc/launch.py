@@ -21,12 +21,14 @@ from rich.console import Console
 
 from ppc import __version__, changes, local_study
 from ppc.artifacts import Storage, StudyDir, now_ms, read_json, write_json
+from ppc.checks import nearest
 from ppc.faults import StorageError
 from ppc.gallery import draw_study
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.mlflow_embedded import server_of_launch
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
+from ppc.planning import Planner, data_name
 from ppc.published import saved as saved_rows
 from ppc.report import build_report, print_report, write_report
 from ppc.resources import change_runtime
@@ -36,7 +38,6 @@ from ppc.study import BASE, TrialSpec
 from ppc.study_config import EarlyStopping, StudyConfig, Twin
 from ppc.sync_loop import SyncLoop
 from ppc.tracking import make_tracker
-from ppc.trial import Planner, data_name, nearest
 
 FORMAT = 1
 SETTLE_S = 20.0

@@ -13,13 +13,15 @@ from typing import Any
 import torch
 
 from ppc.artifacts import StageDir, Storage, read_journal, read_json
+from ppc.checks import optim_of
 from ppc.config import TrialConfig
 from ppc.estimate import Rate, distinct, keep, key_of, like, measured, rate_of
 from ppc.loading import override_all
+from ppc.planning import Planner
 from ppc.runtime import LocalRuntime
 from ppc.schema import validate
 from ppc.stages import NETS, OPTIM
-from ppc.trial import Planner, optim_of, run_trial
+from ppc.trial import run_trial
 
 PHOTO_PX = 500  # long side of a photograph of VOC
 STEPS = 4  # of each net, the first untimed

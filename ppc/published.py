@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ppc.checks import metrics_of, nearest
 from ppc.config import TrialConfig
 from ppc.ledger import TrialRow
 from ppc.loading import Override
@@ -18,7 +19,6 @@ from ppc.schema import ConfigError, Problem, origin_of
 from ppc.stages.products import products_of
 from ppc.study import TrialSpec, expand
 from ppc.study_config import Published, StudyConfig
-from ppc.trial import metrics_of, nearest
 
 VOC_IMAGES = {"train": 1464, "val": 1449, "test": 1456, "train_aug": 10582}  # METHOD 1
 NONE = "-"

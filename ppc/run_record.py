@@ -19,7 +19,7 @@ from ppc.changes import code_of
 from ppc.config import DataConfig
 from ppc.ledger import TrialRow, stopped_at
 from ppc.places import StoragePath, size_of
-from ppc.trial import data_name
+from ppc.planning import data_name
 
 # Told apart by most eyes, and in this order far from their neighbours.
 COLOURS = (

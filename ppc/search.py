@@ -16,6 +16,7 @@ from typing import Any
 
 from ppc.artifacts import content_key
 from ppc.axes import is_whole
+from ppc.checks import check_trial
 from ppc.config import TrialConfig
 from ppc.ledger import FAILED, FINISHED, TrialRow
 from ppc.schema import Raw
@@ -23,7 +24,6 @@ from ppc.seeding import derive_seed
 from ppc.stages import plan_stages
 from ppc.study import TrialSpec, proposed, value_at
 from ppc.study_config import AxisRange, DesignConfig, StudyConfig
-from ppc.trial import check_trial
 
 TRIES = 200  # draws for one proposal; most are refused only where nearly all variants are there already
 DIGITS = 4  # significant digits of a drawn number: a name that can be read, and typed again

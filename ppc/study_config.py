@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from ppc.config import Section
+from ppc.base_config import Section
 
 Twin = Literal["full", "tiny", "scenes"]  # of a study: as written, for seconds, or the whole design on generated scenes
 

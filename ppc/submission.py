@@ -21,8 +21,8 @@ from ppc.config import TrialConfig
 from ppc.data import Dataset
 from ppc.ledger import TrialRow
 from ppc.places import atomic_write, read_bytes, size_of
+from ppc.planning import open_data
 from ppc.stages.products import PRODUCTS
-from ppc.trial import open_data
 
 COMPETITIONS = ("comp5", "comp6")  # trained on VOC's data alone; with anything else, ImageNet weights too
 LARGEST_PNG = 16 * 2**20  # bytes; a label map of VOC has some thousand

@@ -21,10 +21,11 @@ from ppc.config import TrialConfig
 from ppc.data import make_scenes
 from ppc.launch import Where, run_study
 from ppc.ledger import read_rows
+from ppc.planning import Planner
 from ppc.report import build_report
 from ppc.run_record import result_points, trial_tags
 from ppc.runtime import LocalRuntime
-from ppc.trial import Planner, run_trial
+from ppc.trial import run_trial
 
 PX, CLASSES = 40, 3
 KINDS = (

@@ -18,15 +18,17 @@ from PIL import Image
 from tiny_run import tiny_config
 
 from ppc.artifacts import Storage
+from ppc.checks import metrics_of
 from ppc.config import UNREAD_BY_METHOD, TrialConfig
 from ppc.data import VocLayout
 from ppc.figures import VOC_PALETTE
 from ppc.loading import TINY
+from ppc.planning import Planner, TrialPlan, open_data
 from ppc.runtime import LocalRuntime
 from ppc.stages import STAGES
 from ppc.stages.make_seeds import read_cam
 from ppc.stages.products import PRODUCTS, products_of, splits_of
-from ppc.trial import Planner, TrialPlan, metrics_of, open_data, run_trial
+from ppc.trial import run_trial
 
 try:
     from ppc.deeplab import SEG_HEADS

@@ -23,9 +23,10 @@ from ppc.losses import ViewMaps, seam_losses
 from ppc.methods import METHODS
 from ppc.mining import Keys
 from ppc.nets import CamOutput
+from ppc.planning import Planner
 from ppc.prototypes import ALONE, normalise_map, pseudo_label, weighted_prototypes
 from ppc.runtime import LocalRuntime, prepare_process
-from ppc.trial import Planner, run_trial
+from ppc.trial import run_trial
 
 LAST = 20  # the official code's channel of the background
 F64_GRADIENT = 2e-7  # computed in float64, stored in float32

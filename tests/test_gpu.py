@@ -14,10 +14,11 @@ from ppc.artifacts import StageDir, Storage
 from ppc.config import TrialConfig
 from ppc.data.loader import epoch_order
 from ppc.methods import Losses, build_net
+from ppc.planning import Planner
 from ppc.prototypes import ALONE
 from ppc.runtime import LocalRuntime
 from ppc.train import checkpoints, fit
-from ppc.trial import Planner, run_trial
+from ppc.trial import run_trial
 
 pytestmark = [
     pytest.mark.gpu,

@@ -19,18 +19,20 @@ from ppc.backbones import NORMALISATIONS
 from ppc.boundaries import path as path_between
 from ppc.boundaries import walk_cam
 from ppc.cam import seed_from_cam
-from ppc.config import IrnConfig, TrialConfig
+from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_seed
 from ppc.data.irn import IrnTrainSet
 from ppc.figures import palette_png, read_palette_png
 from ppc.irn_net import edges
 from ppc.loading import tiny, validate_trial
+from ppc.net_config import IrnConfig
+from ppc.planning import Planner
 from ppc.prototypes import ALONE, Workers
 from ppc.runtime import LocalRuntime
 from ppc.stages import plan_stages
 from ppc.stages.make_seeds import read_cam
 from ppc.stages.train_irn import IrnLosses, build_irn_net, load_irn_net
-from ppc.trial import Planner, run_trial
+from ppc.trial import run_trial
 
 CPU = torch.device("cpu")
 STAGES = ("train_cam", "make_seeds", "train_irn", "refine_irn", "evaluate")

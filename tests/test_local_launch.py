@@ -19,11 +19,11 @@ from tiny_study import QUIET, make_study
 import ppc.local_study
 import ppc.stages
 from ppc.artifacts import Storage
+from ppc.checks import check_trial
 from ppc.launch import Where, command, define, launch_lock, run_study
 from ppc.ledger import FAILED, FINISHED, KILLED, PENDING, RUNNING, read_rows
 from ppc.study import baseline, expand
 from ppc.study_config import StudyConfig
-from ppc.trial import check_trial
 
 HERE = Where(local=True, tracking="none")
 

@@ -15,10 +15,11 @@ from tiny_run import ALL_VIEWS, cam_job, cam_payload, curve, layout, scenes_root
 from ppc.artifacts import StageDir, Storage, read_json
 from ppc.config import RuntimeConfig, TrialConfig
 from ppc.data.loader import epoch_order
+from ppc.planning import Planner
 from ppc.runtime import LocalRuntime, prepare_process
 from ppc.stages.training import worker
 from ppc.train import Job, checkpoints, fit
-from ppc.trial import Planner, run_trial
+from ppc.trial import run_trial
 
 CPU = torch.device("cpu")
 # 6 steps, 2 an epoch: a window is an epoch, so that a bad step has to be found in it

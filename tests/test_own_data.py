@@ -22,10 +22,11 @@ from ppc.data import DATASETS, Dataset, coco_index
 from ppc.data.check import broken_images, check_dataset, fingerprint
 from ppc.figures import read_palette_png
 from ppc.ledger import FAILED
+from ppc.planning import Planner, TrialPlan
 from ppc.run_record import image_name
 from ppc.runtime import LocalRuntime
 from ppc.stages import STAGES
-from ppc.trial import Planner, TrialPlan, run_trial
+from ppc.trial import run_trial
 
 GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
 

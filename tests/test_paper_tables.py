@@ -8,13 +8,13 @@ import pytest
 from rich.console import Console
 
 from ppc.artifacts import Storage
+from ppc.checks import check_trial
 from ppc.launch import Where, define, run_study
 from ppc.ledger import FINISHED, read_rows
 from ppc.loading import load_study, load_trial
 from ppc.published import check_published
 from ppc.study import baseline, expand
 from ppc.study_config import Twin
-from ppc.trial import check_trial
 from ppc.twins import study_of
 
 PAPER = Path(__file__).parent.parent / "experiments" / "paper"

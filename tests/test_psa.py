@@ -19,12 +19,15 @@ from tiny_run import curve, layout, products, scenes_root, tiny_config, weights_
 from ppc.affinity import displacements
 from ppc.artifacts import StageDir, Storage
 from ppc.backbones import NORMALISATIONS
-from ppc.config import PSA_PRESETS, PsaConfig, PsaWalkConfig, RuntimeConfig, TrialConfig
+from ppc.checks import check_trial
+from ppc.config import RuntimeConfig, TrialConfig
 from ppc.crf import PRESETS, crf_labels, crf_soft
 from ppc.data.labels import read_label_file
 from ppc.data.transforms import augment_affinity, draw_crop, draw_flip
 from ppc.figures import read_palette_png
 from ppc.loading import parse, tiny, validate_trial
+from ppc.net_config import PSA_PRESETS, PsaConfig, PsaWalkConfig
+from ppc.planning import Planner, TrialPlan
 from ppc.prototypes import ALONE
 from ppc.runtime import LocalRuntime
 from ppc.seeding import derive_rng
@@ -33,7 +36,7 @@ from ppc.stages.refine_psa import with_background
 from ppc.stages.train_psa import AffinityLoss, AffinitySet, build_net, load_net, make_job, read_scores
 from ppc.stages.training import Payload
 from ppc.train import fit, rank, sum_over_workers
-from ppc.trial import Planner, TrialPlan, check_trial, run_trial
+from ppc.trial import run_trial
 
 CPU = torch.device("cpu")
 ALL = {"stages": ["train_cam", "make_seeds", "train_psa", "refine_psa", "evaluate"]}

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import ppc.local_study
 from ppc.artifacts import Storage
+from ppc.checks import check_trial
 from ppc.cli import app
 from ppc.launch import Where, define_search, run_study
 from ppc.ledger import FAILED, FINISHED, PENDING, TrialRow, read_rows
@@ -18,7 +19,6 @@ from ppc.loading import ConfigError, load_study
 from ppc.search import Search, next_round, results, start
 from ppc.study import expand, shared_base
 from ppc.study_config import StudyConfig
-from ppc.trial import check_trial
 
 pytest.importorskip("optuna")
 AXES: dict[str, Any] = {

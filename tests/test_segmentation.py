@@ -17,9 +17,12 @@ from PIL import Image
 from tiny_run import curve, layout, manifest_result, products, scenes_root, tiny_config, weights_of
 
 from ppc.artifacts import StageDir, Storage
-from ppc.config import RuntimeConfig, SegmentationConfig, TrialConfig
+from ppc.checks import check_data, check_trial
+from ppc.config import RuntimeConfig, TrialConfig
 from ppc.crf import PRESETS, crf_soft
 from ppc.figures import palette_png, read_palette_png
+from ppc.net_config import SegmentationConfig
+from ppc.planning import Planner, TrialPlan
 from ppc.report import segmentation_lines
 from ppc.runtime import LocalRuntime
 from ppc.segmentation import merge_logits, segmentation_loss
@@ -27,7 +30,7 @@ from ppc.stages.predict_seg import label_of, predict
 from ppc.stages.train_seg import SegTrainSet, build_seg_net, load_seg_net, make_job
 from ppc.stages.training import Payload
 from ppc.train import checkpoints, fit, rank, sum_over_workers
-from ppc.trial import Planner, TrialPlan, check_data, check_trial, run_trial
+from ppc.trial import run_trial
 from ppc.weights import KNOWN_ORIGINS, initialisation
 
 CPU = torch.device("cpu")

@@ -23,11 +23,12 @@ from ppc.data.labels import read_label_file
 from ppc.figures import read_palette_png
 from ppc.methods import METHODS, build_net
 from ppc.metrics import OFFICIAL_THRESHOLDS, curve_counts
+from ppc.planning import Planner, TrialPlan
 from ppc.runtime import LocalRuntime
 from ppc.stages import STAGES, needs_of, plan_stages
 from ppc.stages.make_seeds import chosen_score, infer_cam, read_cam, scaled, val_subset
 from ppc.stages.train_cam import load_net
-from ppc.trial import Planner, TrialPlan, run_trial
+from ppc.trial import run_trial
 
 CPU = torch.device("cpu")
 THRESHOLDS = [i / 100 for i in range(60)]

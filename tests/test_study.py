@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
+from ppc.checks import check_trial
 from ppc.config import TrialConfig
 from ppc.loading import load_study, parse, validate_study
 from ppc.schema import ConfigError
 from ppc.study import Row, TrialSpec, baseline, expand, summarise, value_at
 from ppc.study_config import StudyConfig
-from ppc.trial import check_trial
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 K, T, PRESET = "contrast.prototype_top_k", "contrast.temperature", "contrast.preset"

@@ -16,6 +16,7 @@ from tiny_run import TINY, layout, scenes_root
 from typer.testing import CliRunner
 
 from ppc.artifacts import Storage
+from ppc.checks import check_trial
 from ppc.cli import app
 from ppc.config import TrialConfig
 from ppc.data import VocLayout
@@ -27,7 +28,7 @@ from ppc.runtime import LocalRuntime
 from ppc.study import baseline, expand
 from ppc.study_config import StudyConfig
 from ppc.submission import check_submission, competition_of, write_submission
-from ppc.trial import check_trial, run_trial
+from ppc.trial import run_trial
 
 INSIDE = "results/VOC2012/Segmentation/comp5_test_cls"
 Files = dict[str, bytes]

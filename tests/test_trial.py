@@ -17,15 +17,18 @@ import pytest
 import torch
 from tiny_run import scenes_root, tiny_config
 
+import ppc.planning
 import ppc.trial
 from ppc.artifacts import Storage, read_json
+from ppc.checks import check_trial
 from ppc.config import RuntimeConfig, TrialConfig
 from ppc.data.labels import read_label_file
 from ppc.ledger import alive
 from ppc.methods import build_net
+from ppc.planning import Planner, TrialPlan, data_name, data_splits
 from ppc.runtime import LocalRuntime, MapFunction
 from ppc.stages.training import save_net
-from ppc.trial import Planner, TrialPlan, check_trial, data_name, data_splits, run_trial
+from ppc.trial import run_trial
 
 STAGES = ["train_cam", "make_seeds", "refine_crf", "evaluate"]
 
@@ -321,8 +324,8 @@ def test_weights_of_another_net_are_told_before_anything_starts(
     path = tmp_path / "other.pth"
     torch.save(torch.nn.Linear(2, 3).state_dict(), path)
     planner, loads = Planner(storage), list[Any]()
-    build = ppc.trial.build_backbone
-    monkeypatch.setattr(ppc.trial, "build_backbone", lambda *a, **k: loads.append(a) or build(*a, **k))
+    build = ppc.planning.build_backbone
+    monkeypatch.setattr(ppc.planning, "build_backbone", lambda *a, **k: loads.append(a) or build(*a, **k))
     for seed in (0, 1):
         with pytest.raises(
             ValueError, match="^backbone.weights: for backbone.name tiny: .*other.pth does not fit tiny"

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from ppc.checks import check_trial
 from ppc.loading import load_study, load_trial
 from ppc.schema import ConfigError
 from ppc.study import baseline, expand
 from ppc.study_config import StudyConfig, Twin
-from ppc.trial import check_trial
 from ppc.twins import as_twin, name_of, study_of, twin_of
 
 ROOT = Path(__file__).parent.parent / "experiments"

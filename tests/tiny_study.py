@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from ppc.artifacts import Storage
+from ppc.checks import check_trial
 from ppc.launch import define, save
 from ppc.study import baseline, expand
 from ppc.study_config import StudyConfig
-from ppc.trial import check_trial
 
 QUIET = Console(file=open(os.devnull, "w"))  # lives as long as the tests
 

@@ -19,10 +19,11 @@ from ppc.affinity import (
     walk_scores,
 )
 from ppc.artifacts import Progress, StageDir
-from ppc.config import PsaWalkConfig, TrialConfig
+from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_scores
 from ppc.data import Dataset
 from ppc.figures import palette_png
+from ppc.net_config import PsaWalkConfig
 from ppc.places import StoragePath, size_of
 from ppc.stages.context import StageContext
 from ppc.stages.make_seeds import images_of, whole_cam

@@ -14,7 +14,8 @@ from torch import nn
 
 from ppc.artifacts import StageDir, read_json, write_json
 from ppc.backbones import Backbone, Normalisation
-from ppc.config import OptimConfig, TrialConfig
+from ppc.base_config import OptimConfig
+from ppc.config import TrialConfig
 from ppc.data import Dataset
 from ppc.data.loader import Loader, TrainSet
 from ppc.faults import StorageError
