@@ -27,6 +27,7 @@ soak: setup ## 60 trials under random kills of their processes and of the launch
 	$(BIN)/python -m pytest -m soak -s
 
 bench: setup ## what is measured on CPUs, as ratios in one run; bench/RESULTS.md keeps what was measured
+	$(BIN)/python bench/walks.py
 	$(BIN)/python bench/overhead.py
 
 test-fast: setup ## without the tests that start Ray or take long
