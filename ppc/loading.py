@@ -240,7 +240,7 @@ TINY: dict[str, Any] = {
     "irn.backbone.name": "same", "irn.backbone.output_stride": 8, "irn.backbone.weights": None,
     "irn.backbone.normalisation": "auto", "irn.radius": 4, "irn.walk.log2_steps": 4,
     "irn.train.epochs": 1, "irn.train.batch_size": 4, "irn.train.crop_px": 48, "irn.train.precision": "fp32",
-    "psa.backbone.name": "same", "psa.backbone.weights": None, "psa.backbone.normalisation": "auto",
+    "psa.backbone.name": "tiny", "psa.backbone.weights": None, "psa.backbone.normalisation": "auto",
     "psa.backbone.output_stride": 8, "psa.train.epochs": 1, "psa.train.batch_size": 4, "psa.train.crop_px": 128,
     "psa.train.precision": "fp32", "psa.walk.fit_radius": True,
     "segmentation.backbone": {}, "segmentation.train.epochs": 1, "segmentation.train.batch_size": 4,

@@ -52,9 +52,19 @@ def twin_of(*, tiny: bool, scenes: bool) -> Twin:
 
 
 def study_of(study: StudyConfig, twin: Twin) -> StudyConfig:
-    """The study as its twin is named and designed; `expand` is to be given the study itself."""
+    """The study as its twin is named, designed and measured; `expand` is to be given the study itself."""
     design = design_of(study.design, study.base, twin)
-    return study.model_copy(update={"name": name_of(study.name, twin), "design": design})
+    found = study.model_copy(update={"name": name_of(study.name, twin), "design": design})
+    if twin == "full" or on_scenes(study.base):
+        return found
+    columns = list(dict.fromkeys(metric_of(name) for name in study.columns))
+    return found.model_copy(update={"metric": metric_of(study.metric), "columns": columns})
+
+
+def metric_of(metric: str) -> str:
+    """A metric on the split of the scenes that stands for its own: `seed_miou_third` is `seed_miou_train`."""
+    product, found, split = metric.partition("_miou_")
+    return f"{product}{found}{SPLITS.get(split, 'val' if product == 'seg' else 'train')}" if found else metric
 
 
 def extras(study: StudyConfig, twin: Twin) -> Mapping[str, Any]:

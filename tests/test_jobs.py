@@ -134,7 +134,7 @@ def test_a_loopback_server_is_passed_when_it_is_asked_for() -> None:
 @pytest.mark.parametrize("storage", ["ppc-storage", "s3://key:secret@bucket/ppc"])
 def test_a_storage_that_the_cluster_cannot_use_is_refused(tmp_path: Path, storage: str) -> None:
     with pytest.raises(ValueError, match=r"storage (ppc-storage is a folder of this machine|s3://bucket/ppc holds)"):
-        submit(experiment(tmp_path), "http://127.0.0.1:9", storage=storage, options=LaunchOptions(tiny=True))
+        submit(experiment(tmp_path), "http://127.0.0.1:9", storage=storage, options=LaunchOptions(twin="tiny"))
 
 
 def test_relative_paths_of_data_and_weights_are_refused(tmp_path: Path) -> None:
@@ -273,7 +273,7 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_a_study_is_submitted_followed_stopped_in_the_middle_and_taken_up(head: str, tmp_path: Path) -> None:
     file, storage = experiment(tmp_path / "files", epochs=200), Storage(tmp_path / "storage")
-    options = LaunchOptions(tiny=True, tracking="none", sets=["data.scenes.seed=3"])
+    options = LaunchOptions(twin="tiny", tracking="none", sets=["data.scenes.seed=3"])
     first = submit(file, head, storage=str(storage.root), options=options)
     assert first == "ppc-jobs-tiny-1"
     pieces: list[str] = []

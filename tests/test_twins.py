@@ -86,3 +86,13 @@ def test_one_trial_has_the_twin_too(tmp_path: Path) -> None:
     path.write_text("data: {name: voc, root: VOC}\nbackbone: {name: resnet38d}\n")
     trial = load_trial(path, shrink=lambda raw: as_twin(raw, "scenes"), overrides=["train.epochs=2"])
     assert (trial.data.name, trial.backbone.name, trial.train.crop_px, trial.train.epochs) == ("scenes", "tiny", 96, 2)
+
+
+@pytest.mark.parametrize("twin", ["tiny", "scenes"])
+def test_metrics_are_those_of_the_splits_that_stand_for_the_studys_own(twin: Twin) -> None:
+    columns = ["seed_miou_train_aug", "seed_miou_third", "seg_miou_test", "seg_miou_val", "bg_score"]
+    config = study({"kind": "list", "variants": [{"name": "a"}]}, metric="mask_miou_third", columns=columns)
+    small = study_of(config, twin)
+    assert small.metric == "mask_miou_train"
+    assert small.columns == ["seed_miou_train", "seg_miou_val", "bg_score"]
+    assert study_of(config, "full") == config
