@@ -68,11 +68,16 @@ def test_affine_parameters_that_are_not_trained_have_no_gradient() -> None:
 # -- workers
 
 
+class NarrowHead(LargeFov):
+    """DeepLab-v1's head with few channels."""
+
+    WIDTH = 6
+
+
 def head_step(x: Tensor, label: Tensor, seeds: list[int]) -> dict[str, Tensor]:
     """A step of a whole head: this worker's share of the loss, and its gradients."""
     torch.manual_seed(0)
-    LargeFov.WIDTH = 6
-    head = LargeFov(3, 4, dropout=0.5).double()
+    head = NarrowHead(3, 4, dropout=0.5).double()
     train_batch_norm(head, momentum=3e-4, affine_trained=True)
     set_dropout_seeds(head, seeds)
     count = gather((label != 255).sum().view(1)).sum()
