@@ -54,6 +54,26 @@ ConcurrentOption = Annotated[
 TrackingOption = Annotated[
     str | None, typer.Option(help="MLflow URI, or `none`. Default: MLFLOW_TRACKING_URI, else SQLite in the storage.")
 ]
+
+
+def _notify_url(url: str | None) -> str | None:
+    if not url:
+        return None
+    from ppc.notify import check_url
+
+    return check_url(url)
+
+
+NotifyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--notify",
+        metavar="URL",
+        envvar="PPC_NOTIFY",
+        callback=_notify_url,
+        help="Post a JSON message there when a trial first fails and when the study ends.",
+    ),
+]
 DEFAULT_STORAGE = "ppc-storage"
 
 
@@ -134,6 +154,7 @@ def study_launch(
     num_cpus: CpusOption = None,
     max_concurrent: ConcurrentOption = None,
     tracking: TrackingOption = None,
+    notify: NotifyOption = None,
 ) -> None:
     """Run all trials of a study that have no result yet. Launching again goes on where it stopped."""
     refuse_job_server(address, f"ppc submit {file}")
@@ -176,7 +197,9 @@ def study_launch(
     _run_defined(
         definition,
         store,
-        Where(local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user()),
+        Where(
+            local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user(), notify=notify
+        ),
     )
 
 
@@ -197,6 +220,7 @@ def study_resume(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Take changed code, config, data or weights, and record that.")
     ] = False,
+    notify: NotifyOption = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Job server: print the job's log to its end.")] = False,
 ) -> None:
     """Run the failed and interrupted trials of a study from their last checkpoints, and no other.
@@ -207,10 +231,16 @@ def study_resume(
     if at_job_server(address):
         words = [word for item in sets for word in ("--set", item)] + (["--stopped"] if stopped else [])
         words += ["--accept-changes"] if accept_changes else []
+        if notify is not None:  # a job's words and variables show in Ray's dashboard
+            print(
+                "notify: the head posts, to the PPC_NOTIFY in the environment of the cluster's nodes", file=sys.stderr
+            )
         raise resume_there(name, str(address), storage, words, max_concurrent, tracking, follow)
     from ppc.launch import Where, run_study
 
-    where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user())
+    where = Where(
+        local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user(), notify=notify
+    )
     raise typer.Exit(
         run_study(
             _storage(storage or DEFAULT_STORAGE),
