@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -266,23 +265,14 @@ def study_status(
     if at_job_server(address):
         raise ask_head(name, ["study", "status", name, *(["--watch"] if watch else [])], str(address), storage)
     from ppc.changes import told
-    from ppc.ledger import FAILED, RUNNING, counts, read_rows
-    from ppc.report import generated, skipped_lines
-    from ppc.status import status_lines, status_table
+    from ppc.ledger import FAILED
+    from ppc.live import show as show_study
+    from ppc.live import watch as watch_study
+    from ppc.report import skipped_lines
 
     store = _storage(storage or DEFAULT_STORAGE)
     study = store.study(name).definition()
-    while True:
-        rows = read_rows(store, study)
-        words = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
-        if console.is_terminal:
-            console.print(status_table(rows, title=f"{name}: {words}", generated=generated(study)))
-        else:
-            lines = status_lines(rows, generated=generated(study))
-            print(f"{name}: {words}", *(f"  {line}" for line in lines), sep="\n")
-        if not watch or not any(row.state == RUNNING for row in rows):
-            break
-        time.sleep(5)
+    rows = (watch_study if watch else show_study)(store, study, console)
     for line in skipped_lines(rows):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in told(study):
