@@ -22,12 +22,12 @@ BOUNDS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
     """Called by mkdocs for each page."""
-    return MARK.sub(lambda match: fields_of(MODELS[match[1]]), markdown)
+    return MARK.sub(lambda match: fields_of(match[1]), markdown)
 
 
-def fields_of(model: type[BaseModel]) -> str:
-    """A heading and a table for the model and for each section below it."""
-    return "\n\n".join(_section(path, section) for path, section in sections(model))
+def fields_of(name: str) -> str:
+    """A heading and a table for a model and for each section below it."""
+    return "\n\n".join(_section(name, path, section) for path, section in sections(MODELS[name]))
 
 
 def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type[BaseModel]]]:
@@ -35,23 +35,30 @@ def sections(model: type[BaseModel], path: str = "") -> Iterator[tuple[str, type
     yield path, model
     for name, field in model.model_fields.items():
         if (inner := model_in(field.annotation)) is not None:
-            many = "[]" if get_origin(field.annotation) is list else ""
-            yield from sections(inner, f"{path}.{name}{many}".lstrip("."))
+            yield from sections(inner, f"{path}.{name}".lstrip("."))
 
 
-def _section(path: str, model: type[BaseModel]) -> str:
-    heading = f"### {path}" if path else "### At the top"
+def _anchor(root: str, path: str) -> str:
+    return "-".join([root, *filter(None, path.split("."))])
+
+
+def _section(root: str, path: str, model: type[BaseModel]) -> str:
+    heading = f"### {path or 'At the top'} {{#{_anchor(root, path)}}}"
     words = " ".join((model.__doc__ or "").split("\n\n")[0].split())
     rows = ["| field | values | default | what |", "|---|---|---|---|"]
-    rows += [_row(name, field) for name, field in model.model_fields.items()]
+    rows += [_row(name, field, _anchor(root, f"{path}.{name}")) for name, field in model.model_fields.items()]
     return "\n".join([f"{heading}\n\n{words}\n", *rows])
 
 
-def _row(name: str, field: FieldInfo) -> str:
+def _row(name: str, field: FieldInfo, anchor: str) -> str:
     bounds = [f"{sign} {value}" for at in field.metadata for key, sign in BOUNDS.items() if (value := _bound(at, key))]
     values = ", ".join([_type(field.annotation), *bounds])
+    inner = model_in(field.annotation)
+    if inner is not None:
+        values = f"[{values}](#{anchor})"
+    what = field.description or ("" if inner is None else (inner.__doc__ or "").partition(".")[0])
     default = "required" if field.is_required() else _default(field)
-    cells = (f"`{name}`", values, default, field.description or "")
+    cells = (f"`{name}`", values, default, what)
     return f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
 
 
@@ -62,10 +69,12 @@ def _bound(at: Any, key: str) -> str:
 
 def _default(field: FieldInfo) -> str:
     if field.default is PydanticUndefined:
-        return "empty" if field.default_factory in (dict, list) else "see there"
+        return "empty" if field.default_factory in (dict, list) else "its own"
     value = field.default
-    if isinstance(value, tuple):
-        value = list(value)
+    if value == "":
+        return "empty"
+    if isinstance(value, tuple | list):
+        return f"`[{', '.join(map(str, value))}]`"
     if isinstance(value, float):
         return f"`{value:.6g}`"
     return "`null`" if value is None else f"`{str(value).lower() if isinstance(value, bool) else value}`"
@@ -74,16 +83,16 @@ def _default(field: FieldInfo) -> str:
 def _type(annotation: Any) -> str:
     """A type in words: what stands in YAML."""
     origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is dict:
+        return "mapping"
     if (inner := model_in(annotation)) is not None and origin is not list:
-        return "section" if type(None) not in arguments else "section or `null`"
+        return "section" if type(None) not in arguments else "section or null"
     if origin is Literal:
         return ", ".join(f"`{value}`" for value in arguments)
     if origin in (Union, types.UnionType):
         return " or ".join(dict.fromkeys(_type(one) for one in arguments))
     if origin in (list, tuple):
         return "list of sections" if inner is not None else f"list of {_type(arguments[0])}"
-    if origin is dict:
-        return "mapping"
     if hasattr(annotation, "__metadata__"):  # Annotated
         return _type(arguments[0])
     return {

@@ -131,7 +131,7 @@ def test_the_reference_has_every_field_with_its_meaning() -> None:
     for model, part in zip((TrialConfig, StudyConfig), text.split("\n## ")[1:], strict=True):
         for path, field in fields(model).items():
             section, _, name = path.rpartition(".")
-            table = part.split(f"### {section or 'At the top'}\n")[1].split("\n### ")[0]
+            table = part.split(f"### {section or 'At the top'} {{#")[1].split("\n### ")[0]
             (row,) = re.findall(rf"^\| `{name}` \|.*$", table, re.MULTILINE)
             assert (field.description or "").replace("|", "\\|") in row, path
     assert "| `temperature` | number, > 0 | `0.1` | tau of the softmax over prototypes |" in text
