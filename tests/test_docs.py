@@ -133,7 +133,8 @@ def test_the_reference_has_every_field_with_its_meaning() -> None:
             section, _, name = path.rpartition(".")
             table = part.split(f"### {section or 'At the top'} {{#")[1].split("\n### ")[0]
             (row,) = re.findall(rf"^\| `{name}` \|.*$", table, re.MULTILINE)
-            assert (field.description or "").replace("|", "\\|") in row, path
+            assert field.description, f"{path} has no description"
+            assert field.description.replace("|", "\\|") in row, path
     assert "| `temperature` | number, > 0 | `0.1` | tau of the softmax over prototypes |" in text
     assert "| `crf` | text or `null` | `null` |" in text and "| `high` | whole number or number | required |" in text
 
