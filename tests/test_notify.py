@@ -172,3 +172,14 @@ def test_a_launch_tells_of_its_end(tmp_path: Path, hook: Hook, monkeypatch: pyte
     assert [(one["state"], one["counts"]) for one in hook.got] == [("INTERRUPTED", {"PENDING": 1})]
     with notifying(None, storage, {}, print) as nothing:
         assert nothing is None
+
+
+def test_a_job_is_not_sent_the_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    sent = []
+    monkeypatch.setattr("ppc.cli.resume_there", lambda *words: sent.append(words) or typer.Exit(0))
+    words = ["study", "resume", "demo", "--address", "http://head:8265"]
+    done = CliRunner(env={"PPC_NOTIFY": "https://chat/T0K3N"}).invoke(app, words)
+    assert done.exit_code == 0 and "environment of the cluster's nodes" in done.output
+    assert "T0K3N" not in done.output + repr(sent) and sent
