@@ -5,13 +5,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= ppc-storage
 
-.PHONY: setup demo test test-hosts soak bench test-fast check clean
+.PHONY: setup demo test test-hosts soak bench test-fast check docs clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[ray,mlflow,s3,search,timm,coco,dev]" --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable ".[ray,mlflow,s3,search,timm,coco,docs,dev]" --constraint constraints.txt
 	touch $@
 
 demo: setup ## generate the data, run the study of K, print its table
@@ -39,5 +39,8 @@ check: setup ## ruff, mypy, import direction
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+docs: setup ## the site, from docs/ and the config models, into site/; open site/index.html
+	$(BIN)/python -m mkdocs build --strict
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) site build *.egg-info

@@ -33,18 +33,20 @@ class BackboneConfig(Section):
 class OptimConfig(Section):
     """How a net is trained (METHOD 1.2)."""
 
-    epochs: int = Field(8, ge=1)
+    epochs: int = Field(8, ge=1, description="times that each image is seen")
     batch_size: int = Field(8, ge=1, description="images of the global batch, over all workers")
-    crop_px: int = Field(448, ge=32)
+    crop_px: int = Field(448, ge=32, description="side of a crop, pixels")
     learning_rate: float = Field(0.01, gt=0, description="of backbone weights; new layers 10 times, biases twice")
-    new_layer_lr_mult: float = Field(10.0, gt=0)
-    bias_lr_mult: float = Field(2.0, gt=0)
-    weight_decay: float = Field(5e-4, ge=0)
+    new_layer_lr_mult: float = Field(10.0, gt=0, description="learning rate of new layers, over learning_rate")
+    bias_lr_mult: float = Field(2.0, gt=0, description="learning rate of biases, over that of their layer's weights")
+    weight_decay: float = Field(5e-4, ge=0, description="of weights; biases have none")
     momentum: Literal["official"] | float = Field(
         "official", description="official: the official code's effective value, which is its weight_decay (METHOD 1.2)"
     )
-    poly_power: float = Field(0.9, ge=0)
-    precision: Literal["fp32", "bf16"] = "fp32"
+    poly_power: float = Field(0.9, ge=0, description="the rate falls as (1 - step / steps)^poly_power")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="bf16: the nets' forward pass in bfloat16; weights and losses stay in fp32"
+    )
 
     @field_validator("momentum")
     @classmethod

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,6 +52,26 @@ ConcurrentOption = Annotated[
 ]
 TrackingOption = Annotated[
     str | None, typer.Option(help="MLflow URI, or `none`. Default: MLFLOW_TRACKING_URI, else SQLite in the storage.")
+]
+
+
+def _notify_url(url: str | None) -> str | None:
+    if not url:
+        return None
+    from ppc.notify import check_url
+
+    return check_url(url)
+
+
+NotifyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--notify",
+        metavar="URL",
+        envvar="PPC_NOTIFY",
+        callback=_notify_url,
+        help="Post a JSON message there when a trial first fails and when the study ends.",
+    ),
 ]
 DEFAULT_STORAGE = "ppc-storage"
 
@@ -134,6 +153,7 @@ def study_launch(
     num_cpus: CpusOption = None,
     max_concurrent: ConcurrentOption = None,
     tracking: TrackingOption = None,
+    notify: NotifyOption = None,
 ) -> None:
     """Run all trials of a study that have no result yet. Launching again goes on where it stopped."""
     refuse_job_server(address, f"ppc submit {file}")
@@ -176,7 +196,9 @@ def study_launch(
     _run_defined(
         definition,
         store,
-        Where(local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user()),
+        Where(
+            local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user(), notify=notify
+        ),
     )
 
 
@@ -197,6 +219,7 @@ def study_resume(
     accept_changes: Annotated[
         bool, typer.Option("--accept-changes", help="Take changed code, config, data or weights, and record that.")
     ] = False,
+    notify: NotifyOption = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Job server: print the job's log to its end.")] = False,
 ) -> None:
     """Run the failed and interrupted trials of a study from their last checkpoints, and no other.
@@ -207,10 +230,16 @@ def study_resume(
     if at_job_server(address):
         words = [word for item in sets for word in ("--set", item)] + (["--stopped"] if stopped else [])
         words += ["--accept-changes"] if accept_changes else []
+        if notify is not None:  # a job's words and variables show in Ray's dashboard
+            print(
+                "notify: the head posts, to the PPC_NOTIFY in the environment of the cluster's nodes", file=sys.stderr
+            )
         raise resume_there(name, str(address), storage, words, max_concurrent, tracking, follow)
     from ppc.launch import Where, run_study
 
-    where = Where(local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user())
+    where = Where(
+        local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user(), notify=notify
+    )
     raise typer.Exit(
         run_study(
             _storage(storage or DEFAULT_STORAGE),
@@ -236,23 +265,14 @@ def study_status(
     if at_job_server(address):
         raise ask_head(name, ["study", "status", name, *(["--watch"] if watch else [])], str(address), storage)
     from ppc.changes import told
-    from ppc.ledger import FAILED, RUNNING, counts, read_rows
-    from ppc.report import generated, skipped_lines
-    from ppc.status import status_lines, status_table
+    from ppc.ledger import FAILED
+    from ppc.live import show as show_study
+    from ppc.live import watch as watch_study
+    from ppc.report import skipped_lines
 
     store = _storage(storage or DEFAULT_STORAGE)
     study = store.study(name).definition()
-    while True:
-        rows = read_rows(store, study)
-        words = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
-        if console.is_terminal:
-            console.print(status_table(rows, title=f"{name}: {words}", generated=generated(study)))
-        else:
-            lines = status_lines(rows, generated=generated(study))
-            print(f"{name}: {words}", *(f"  {line}" for line in lines), sep="\n")
-        if not watch or not any(row.state == RUNNING for row in rows):
-            break
-        time.sleep(5)
+    rows = (watch_study if watch else show_study)(store, study, console)
     for line in skipped_lines(rows):
         console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in told(study):

@@ -167,7 +167,7 @@ class TrainConfig(OptimConfig):
     resize_long_px: tuple[int, int] = Field(
         (448, 768), description="range of the long side, pixels, both ends included"
     )
-    color_jitter: bool = True
+    color_jitter: bool = Field(True, description="brightness, contrast, saturation and hue vary at random")
 
     @field_validator("resize_long_px")
     @classmethod
@@ -221,14 +221,14 @@ class RuntimeConfig(Section):
     """How a trial is run. Never part of a key: numbers depend on it to rounding alone."""
 
     workers: int = Field(1, ge=1, description="training processes of a trial")
-    cpus_per_worker: float = Field(1, gt=0)
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs that a training worker holds")
     gpus_per_worker: float = Field(0, ge=0, description="a fraction shares a GPU between trials")
     loader_workers: int = Field(0, ge=0, description="data loading processes a training worker")
     engine: Literal["auto", "task", "train"] = Field(
         "auto", description="train: Ray Train; task: one Ray task; auto: train for GPUs or several workers"
     )
-    checkpoint_every_epochs: int = Field(1, ge=1)
-    log_every_steps: int = Field(10, ge=1)
+    checkpoint_every_epochs: int = Field(1, ge=1, description="a kill costs at most so many epochs")
+    log_every_steps: int = Field(10, ge=1, description="steps of a point in the journal, their mean")
     images_per_task: int = Field(16, ge=1, description="images of one Ray task of a per-image stage")
     max_failures: int = Field(2, ge=0, description="times a dead worker is started again from its checkpoint")
     resource_wait_s: float = Field(60, ge=0, description="how long a trial waits for resources the cluster has not got")

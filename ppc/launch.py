@@ -27,6 +27,7 @@ from ppc.gallery import draw_study
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.mlflow_embedded import server_of_launch
+from ppc.notify import check_url, notifying
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
 from ppc.planning import Planner, data_name
 from ppc.published import saved as saved_rows
@@ -55,6 +56,7 @@ class Where:
     max_concurrent: int | None = None
     tracking: str | None = None  # MLflow URI, `none`, or None for the storage's own
     ui: bool = False  # beside a launch that tracks into the storage's own, serve it
+    notify: str | None = None  # web address that is told of the first failure and of the end
 
 
 def code_version() -> dict[str, Any]:
@@ -244,6 +246,7 @@ def run_study(
     `accept_changes` recorded (`as_today`). SIGINT and SIGTERM end the trials and no more. So does storage that is full,
     read-only or does not answer, when a trial has met it.
     """
+    check_url(where.notify)
     storage.check_writable()
     folder = storage.study(name)
     if definition is None:
@@ -265,8 +268,13 @@ def run_study(
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
         option = where.tracking if where.ui else "none"
-        server = server_of_launch(option, storage, name, lambda text: console.print(text, **AS_IT_IS))
-        with server, SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
+
+        def say(text: str) -> None:
+            console.print(text, **AS_IT_IS)
+
+        server = server_of_launch(option, storage, name, say)
+        told = notifying(where.notify, storage, study, say)  # at the end last of all: the report is there by then
+        with told, server, SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
             fault: OSError | None = _run_rounds(todo, storage, study, launch_dir, where, console)
             report = build_report(storage, name)
             files = list[StoragePath]()

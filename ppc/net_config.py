@@ -42,7 +42,7 @@ class PsaWalkConfig(Section):
         "constant", description="score of the background: (1 - highest class)^bg_power (psa, seam), or bg_score (ppc)"
     )
     bg_power: float = Field(16.0, gt=0, description="psa: 16, seam: 6")
-    bg_score: Fraction = Field(0.27, ge=0, lt=1)
+    bg_score: Fraction = Field(0.27, ge=0, lt=1, description="score of a constant background")
     beta: float = Field(8.0, gt=0, description="power of an affinity")
     log2_steps: int = Field(6, ge=0, le=16, description="the walk takes 2^log2_steps steps; psa: 8, seam, ppc: 6")
     fit_radius: bool = Field(
@@ -82,7 +82,7 @@ class PsaConfig(Section):
     backbone: OwnBackbone = Field(default_factory=OwnBackbone)
     labels: PsaLabelsConfig = Field(default_factory=PsaLabelsConfig)
     radius: int = Field(5, ge=2, le=32, description="pairs are cells less than this apart, in cells of 8 pixels")
-    color_jitter: bool = True
+    color_jitter: bool = Field(True, description="brightness, contrast, saturation and hue vary at random")
     train: OptimConfig = Field(default_factory=OptimConfig)
     walk: PsaWalkConfig = Field(default_factory=PsaWalkConfig)
 
@@ -115,13 +115,13 @@ class IrnLabelsConfig(Section):
 class IrnTrainConfig(OptimConfig):
     """Training of IRNet's two branches over a fixed backbone (METHOD 1.2)."""
 
-    epochs: int = Field(3, ge=1)
+    epochs: int = Field(3, ge=1, description="times that each image is seen")
     batch_size: int = Field(32, ge=1, description="images of the global batch, over all workers")
     crop_px: int = Field(512, ge=32, description="side of a crop, pixels; a multiple of 16")
     learning_rate: float = Field(0.1, gt=0, description="of the edge branch's weights")
     new_layer_lr_mult: float = Field(10.0, gt=0, description="of the displacement branch")
     bias_lr_mult: float = Field(1.0, gt=0, description="of biases and GroupNorm; all weights decay, these too")
-    weight_decay: float = Field(1e-4, ge=0)
+    weight_decay: float = Field(1e-4, ge=0, description="of weights and biases")
 
 
 class IrnWalkConfig(Section):
@@ -180,7 +180,7 @@ class SegTestConfig(Section):
 class SegOptimConfig(OptimConfig):
     """Training of the segmentation net (METHOD 11): its defaults, 19 epochs of train_aug being 20,102 steps."""
 
-    epochs: int = Field(19, ge=1)
+    epochs: int = Field(19, ge=1, description="times that each image is seen")
     batch_size: int = Field(10, ge=1, description="images of the global batch, over all workers")
     learning_rate: float = Field(0.001, gt=0, description="of backbone weights; new layers 10 times, biases twice")
     momentum: Literal["official"] | float = Field(0.9, description="real momentum here, unlike that of the CAM net")

@@ -7,8 +7,9 @@ import re
 from collections.abc import Mapping
 from urllib.parse import quote, urlsplit, urlunsplit
 
-# Names of environment variables that hold secrets, such as MLFLOW_TRACKING_PASSWORD and AWS_SECRET_ACCESS_KEY.
-SECRET = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL", re.IGNORECASE)
+# Names of environment variables that hold secrets, such as MLFLOW_TRACKING_PASSWORD and AWS_SECRET_ACCESS_KEY;
+# PPC_NOTIFY is the address of a webhook, which whoever knows it can write to.
+SECRET = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL|PPC_NOTIFY", re.IGNORECASE)
 HIDDEN = "***"
 SHORTEST = 4  # characters: shorter values are words such as `1`, and replacing them would garble texts
 _LOGIN = re.compile(r"(?<=://)[^\s/?#'\"<>]+@")

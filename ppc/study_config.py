@@ -62,7 +62,10 @@ class SearchConfig(Section):
 class DesignConfig(Section):
     """How a study's variants come from its base trial."""
 
-    kind: Literal["grid", "one_factor", "leave_one_out", "ladder", "list", "search"]
+    kind: Literal["grid", "one_factor", "leave_one_out", "ladder", "list", "search"] = Field(
+        description="grid: all combinations; one_factor: the base and each value alone; leave_one_out: all but one; "
+        "ladder: each step on top of the last; list: as named; search: proposed"
+    )
     axes: dict[str, Axis] = Field(
         default_factory=dict, description="grid, one_factor, search: dotted field -> values; search: or a range"
     )
@@ -112,8 +115,12 @@ class Published(Section):
 class StudyConfig(Section):
     """Variants x seeds: one ablation table."""
 
-    name: str = Field(max_length=180, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    note: str = ""
+    name: str = Field(
+        max_length=180,
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="of the study's folder and its MLflow experiment",
+    )
+    note: str = Field("", description="a line for readers of the report")
     base: dict[str, Any] = Field(default_factory=dict, description="fields of TrialConfig that all trials share")
     design: DesignConfig
     trial_seeds: list[int] = Field(default=[0], min_length=1, description="seeds of every variant")

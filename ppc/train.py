@@ -143,7 +143,7 @@ def _epoch(
 ) -> bool:  # fmt: skip
     """Train one epoch; whether the stage was asked to stop at its end. Asked before, TrainingStopped."""
     window: list[dict[str, Tensor]] = []
-    stop = False
+    stop, losses = False, dict[str, float]()
     window_start = time.monotonic()
     parameters = [p for group in job.optimizer.param_groups for p in group["params"]]
     max_step = job.epochs * job.steps_per_epoch
@@ -164,13 +164,14 @@ def _epoch(
         if (index + 1) % runtime.log_every_steps == 0 or index + 1 == job.steps_per_epoch:
             metrics, stop = _window_means(job, epoch, index, window, rank() == 0 and stage.stop_asked() is not None)
             spent_s = time.monotonic() - window_start
+            losses = metrics
             if journal:
                 lr = job.optimizer.param_groups[0]["lr"]
                 rest = {job.metric("lr"): lr, job.metric("epoch"): epoch, job.speed: len(window) / spent_s}
                 journal.write(step + 1, {**metrics, **rest})
             window, window_start = [], time.monotonic()
         if rank() == 0:
-            progress.update(step + 1, epoch=epoch + 1, epochs=job.epochs)
+            progress.update(step + 1, epoch=epoch + 1, epochs=job.epochs, losses=losses)
         if stop and index + 1 < job.steps_per_epoch:
             raise TrainingStopped(f"asked to stop after step {step + 1} of {max_step}")
     return stop
