@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from ppc.artifacts import StageDir, Storage, TrialDir, now_ms, read_json
+from ppc.artifacts import StageDir, Storage, TrialDir, now_ms, read_json, used_s
 from ppc.places import is_remote
 
 HEARTBEAT_S = 5.0
@@ -143,6 +143,21 @@ def read_rows(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
         return [row(entry) for entry in study["trials"]]
     with ThreadPoolExecutor(REMOTE_READERS) as pool:  # a read takes tens of milliseconds there
         return list(pool.map(row, study["trials"]))
+
+
+def trial_cost(storage: Storage, row: TrialRow) -> tuple[float, float]:
+    """CPU and GPU hours of a trial's own stages so far; one that another trial made costs nothing here."""
+    if row.result is not None and "cost" in row.result:
+        return float(row.result["cost"]["cpu_h"]), float(row.result["cost"]["gpu_h"])
+    cpu_s = gpu_s = 0.0
+    for folder in stage_dirs(storage, row):
+        manifest = folder.manifest()
+        if manifest is not None and manifest.get("trial") == row.key:
+            cpu_s, gpu_s = cpu_s + manifest["cost"]["cpu_s"], gpu_s + manifest["cost"]["gpu_s"]
+        elif manifest is None and folder.stage == row.stage:
+            used = used_s(folder / "progress.json")
+            cpu_s, gpu_s = cpu_s + used[0], gpu_s + used[1]
+    return cpu_s / 3600, gpu_s / 3600
 
 
 def missing(rows: list[TrialRow], keep: frozenset[str] = frozenset(), *, stopped: bool = False) -> list[TrialRow]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from ppc.artifacts import Storage, used_s
-from ppc.ledger import TrialRow, counts, read_rows, stage_dirs
+from ppc.artifacts import Storage
+from ppc.ledger import counts, read_rows, trial_cost
 from ppc.places import names_in
 from ppc.report import align, number
 
@@ -59,21 +59,6 @@ def _overview(storage: Storage, study: dict[str, Any]) -> Overview:
         study["name"], counts(rows), sum(gpu for _, gpu in costs), sum(cpu for cpu, _ in costs), study["created_ms"],
         max(active, default=None), study["metric"], None if best is None else (best, means[best]),
     )  # fmt: skip
-
-
-def trial_cost(storage: Storage, row: TrialRow) -> tuple[float, float]:
-    """CPU and GPU hours of a trial's own stages so far; one that another trial made costs nothing here."""
-    if row.result is not None and "cost" in row.result:
-        return float(row.result["cost"]["cpu_h"]), float(row.result["cost"]["gpu_h"])
-    cpu_s = gpu_s = 0.0
-    for folder in stage_dirs(storage, row):
-        manifest = folder.manifest()
-        if manifest is not None and manifest.get("trial") == row.key:
-            cpu_s, gpu_s = cpu_s + manifest["cost"]["cpu_s"], gpu_s + manifest["cost"]["gpu_s"]
-        elif manifest is None and folder.stage == row.stage:
-            used = used_s(folder / "progress.json")
-            cpu_s, gpu_s = cpu_s + used[0], gpu_s + used[1]
-    return cpu_s / 3600, gpu_s / 3600
 
 
 def as_data(found: Sequence[Overview]) -> list[dict[str, Any]]:

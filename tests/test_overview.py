@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 from ppc.artifacts import Progress, Storage, read_json, used_s
 from ppc.cli import app
 from ppc.launch import Where, run_study
-from ppc.ledger import read_rows
-from ppc.overview import as_data, overview_lines, overviews, trial_cost
+from ppc.ledger import read_rows, trial_cost
+from ppc.overview import as_data, overview_lines, overviews
 
 LOCAL = Where(local=True, tracking="none")
 

@@ -113,7 +113,7 @@ def test_reused_trials_are_called_so(fake: FakeStudy) -> None:
 
 def test_files_hold_the_same_numbers_unrounded(fake: FakeStudy, tmp_path: Path) -> None:
     paths = write_report(build_report(fake.storage, "demo"), tmp_path / "report")
-    assert [path.name for path in paths] == ["report.md", "report.csv", "report.json"]
+    assert [path.name for path in paths] == ["report.md", "report.csv", "report.json", "report.tex"]
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(path.name for path in paths)
     rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
     assert [row["contrast.prototype_top_k"] for row in rows] == ["0", "4", "32"]
