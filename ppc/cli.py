@@ -301,7 +301,7 @@ def report(name: str, storage: OptionalStorageOption = None, address: ServerOpti
 
     store = _storage(storage or DEFAULT_STORAGE)
     built = build_report(store, name)
-    files = write_report(built, store.study(name).path / "report")
+    files = write_report(built, store.study(name).path / "report", store)
     print_report(built, console)
     console.print(f"report: {files[0]}", highlight=False, markup=False, soft_wrap=True)
 

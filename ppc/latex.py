@@ -29,8 +29,8 @@ NOTED = ("metric", "split", "skipped", "segmentation", "background score", "abse
 
 def escape(text: str) -> str:
     """Text that LaTeX prints as it is; a letter that not every engine has is named by its code point."""
-    pieces = " ".join(text.split()).split("--")  # which would be one dash
-    return "-{}-".join("".join(map(_letter, piece)) for piece in pieces)
+    pieces = re.split("(--+)", " ".join(text.split()))  # which would be one dash
+    return "".join("{}".join(p) if p.startswith("--") else "".join(map(_letter, p)) for p in pieces)
 
 
 def _letter(letter: str) -> str:

@@ -271,7 +271,7 @@ def run_study(
             report = build_report(storage, name)
             files = list[StoragePath]()
             try:
-                files = write_report(report, folder.path / "report")
+                files = write_report(report, folder.path / "report", storage)
             except OSError as error:  # the table is printed all the same
                 fault = fault or error
             if fault is None:

@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from statistics import fmean
 
 from ppc.artifacts import Storage, now_ms, write_json
+from ppc.html_report import page
 from ppc.latex import latex
 from ppc.ledger import TrialRow, counts, read_rows, stopped_at
 from ppc.places import StoragePath, atomic_write
@@ -96,10 +97,14 @@ def _line(
     )  # fmt: skip
 
 
-def write_report(report: Report, folder: StoragePath) -> list[StoragePath]:
-    """Write report.md, report.csv, report.json and report.tex; their paths in this order."""
-    paths = [folder / f"report.{ending}" for ending in ("md", "csv", "json", "tex")]
-    for path, text in zip(paths, (markdown(report), as_csv(report), None, latex(report)), strict=True):
+def write_report(report: Report, folder: StoragePath, storage: Storage) -> list[StoragePath]:
+    """Write report.md, report.csv, report.json, report.tex and report.html; their paths in this order.
+
+    The page shows files of the storage beside the report.
+    """
+    paths = [folder / f"report.{ending}" for ending in ("md", "csv", "json", "tex", "html")]
+    texts = (markdown(report), as_csv(report), None, latex(report), page(report, storage))
+    for path, text in zip(paths, texts, strict=True):
         if text is None:
             write_json(path, asdict(report))
             continue

@@ -162,9 +162,26 @@ def source_lines(report: Report) -> list[str]:
     return sources([(line.variant, line.published) for line in report.lines])
 
 
+def verdict(report: Report) -> list[str]:
+    """Which variant is best, and whether the table can tell that from noise; nothing without results."""
+    best = next((line for line in report.lines if line.best), None)
+    if best is None:
+        return []
+    figures = spread(best.mean, best.std, report.metric)
+    if best.baseline:
+        return [f"The best mean is the baseline's, {best.variant}: {figures}."]
+    said = f"The best mean is that of {best.variant}: {figures}"
+    if best.diff_mean is not None:
+        said += f", {spread(best.diff_mean, best.diff_std, report.metric, sign=True)} over the baseline"
+    if best.test is None or best.test.p_holm is None:
+        return [f"{said}. There is no test of it, so it cannot be told from noise."]
+    told = "more than the noise of the seeds" if best.test.stars else "not told from the noise of the seeds"
+    return [f"{said}: {told} (p {p_text(best)})."]
+
+
 def remarks(report: Report) -> list[str]:
-    """What a reader must know to judge the table: its noise, its tests, and what is missing."""
-    remarks = []
+    """What a reader must know to judge the table: the best, its noise, its tests, and what is missing."""
+    remarks = verdict(report)
     if any(line.n == 1 for line in report.lines):
         remarks.append("A figure without ± comes from one seed and says nothing of the noise.")
     remarks += rule({line.variant: line.test for line in report.lines if line.test is not None})

@@ -80,7 +80,7 @@ def test_with_two_seeds_there_is_no_star_and_it_says_so(tmp_path: Path) -> None:
         ("50% & a_b #1 $x {y}", r"50\% \& a\_b \#1 \$x \{y\}"),
         ("a\\b~c^d <e> |f|", r"a\textbackslash{}b\textasciitilde{}c\textasciicircum{}d \textless{}e\textgreater{} "
                              r"\textbar{}f\textbar{}"),
-        ("[x] *y --stopped", "{[}x] {*}y -{}-stopped"),
+        ("[x] *y ---stopped", "{[}x] {*}y -{}-{}-stopped"),
         ("two\nlines\x07", "two lines"),
         ("é Ü α ± 中 ę", r"\'{e} \" {U} $\alpha$ $\pm$ \texttt{U+4E2D} \texttt{U+0119}".replace(r"\" {U}", r"\"{U}")),
     ],

@@ -112,8 +112,8 @@ def test_reused_trials_are_called_so(fake: FakeStudy) -> None:
 
 
 def test_files_hold_the_same_numbers_unrounded(fake: FakeStudy, tmp_path: Path) -> None:
-    paths = write_report(build_report(fake.storage, "demo"), tmp_path / "report")
-    assert [path.name for path in paths] == ["report.md", "report.csv", "report.json", "report.tex"]
+    paths = write_report(build_report(fake.storage, "demo"), tmp_path / "report", fake.storage)
+    assert [path.name for path in paths] == ["report.md", "report.csv", "report.json", "report.tex", "report.html"]
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(path.name for path in paths)
     rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
     assert [row["contrast.prototype_top_k"] for row in rows] == ["0", "4", "32"]
@@ -201,7 +201,7 @@ def test_csv_says_what_each_figure_is_measured_on(fake: FakeStudy, tmp_path: Pat
     fake.study["trials"][3]["same_as"] = "prototype_top_k=0"
     write_json(fake.storage.study("demo").path / "study.json", fake.study)
     report = build_report(fake.storage, "demo")
-    rows = list(csv.DictReader(io.StringIO(write_report(report, tmp_path / "report")[1].read_text())))
+    rows = list(csv.DictReader(io.StringIO(write_report(report, tmp_path / "report", fake.storage)[1].read_text())))
     told = [(row["split"], row["count"], row["protocol"], row["generated"]) for row in rows]
     assert told == [("train", "240", "best_on_train", "True")] * 3
     assert [row["same_as"] for row in rows] == ["", "prototype_top_k=0", ""]
