@@ -173,9 +173,12 @@ def loss_charts(report: Report, storage: Storage, rows: Sequence[TrialRow]) -> l
     """Losses of the trainings over their steps, the mean over seeds of each variant, one chart a loss."""
     order = [line.variant for line in report.lines]
     found = dict[str, dict[str, list[dict[float, float]]]]()
+    read = dict[str, dict[str, dict[float, float]]]()  # by stage: variants can share a training
     for row in rows:
         for folder in stage_dirs(storage, row):
-            for name, points in _losses(read_journal(folder / "journal.jsonl")[0]).items():
+            if folder.key not in read:
+                read[folder.key] = _losses(read_journal(folder / "journal.jsonl")[0])
+            for name, points in read[folder.key].items():
                 found.setdefault(name, {}).setdefault(row.variant, []).append(points)
     charts = []
     for number, name in enumerate(sorted(found, key=lambda name: (name.split("/")[0], not name.endswith("/loss")))):

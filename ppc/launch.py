@@ -447,6 +447,7 @@ def _say_end(
         )
     if loop.problem:
         console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", highlight=False, markup=False)
-    if files:
-        console.print(f"report: {files[0]}", highlight=False, markup=False, soft_wrap=True)
+    for path in files:
+        if path.suffix in (".md", ".html"):
+            console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"MLflow UI: {command()} ui {study['name']}{flag}", highlight=False, markup=False, soft_wrap=True)
