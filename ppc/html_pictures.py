@@ -9,14 +9,17 @@ from base64 import b64encode
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
+from pathlib import Path
 
 from PIL import Image
 
 from ppc.artifacts import Storage
+from ppc.config import DataConfig
 from ppc.figures import VOC_PALETTE
 from ppc.gallery import Picture, TrialPictures, pick_rows
 from ppc.ledger import FINISHED, TrialRow, stage_dirs
 from ppc.places import StoragePath, names_in, read_bytes
+from ppc.planning import data_name
 from ppc.redact import without_secrets
 from ppc.report_table import Report
 
@@ -102,6 +105,11 @@ def _cam(path: StoragePath, row: TrialRow, problems: list[str]) -> str:
 
 def _stills(storage: Storage, row: TrialRow, image_id: str, problems: list[str]) -> list[Shown]:
     """The image and its truth; the data may be on another machine."""
+    data = DataConfig.model_validate(row.config["data"])
+    root = storage.dataset(data_name(data)) if data.root is None else Path(data.root)
+    if not root.is_dir():  # to open generated scenes would make them, and a report makes no data
+        problems.append(f"no images and truth: {root} is not on this machine")
+        return []
     try:
         trial = TrialPictures(storage, row)
         found: list[tuple[str, Picture | None]] = [("image", trial.image(image_id)), ("truth", trial.truth(image_id))]

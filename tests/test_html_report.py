@@ -183,7 +183,15 @@ def test_the_slider_goes_over_variants_and_images_are_small_pngs(fake: FakeStudy
     for attrs, _ in found.all("img"):
         data = base64.b64decode(str(attrs["src"]).removeprefix("data:image/png;base64,"))
         assert np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).shape == (8, 12, 3)
-    assert any("images and truth" in text for _, text in found.all("li")), "the data are not on this machine"
+
+
+def test_data_that_are_not_here_are_not_made(fake: FakeStudy, tmp_path: Path) -> None:
+    root = tmp_path / "elsewhere"
+    for entry in fake.study["trials"]:
+        entry["config"]["data"]["root"] = str(root)
+    write_json(fake.storage.study("demo").path / "study.json", fake.study)
+    told = [text for _, text in parsed(fake).all("li")]
+    assert f"no images and truth: {root} is not on this machine" in told and not root.exists()
 
 
 def test_a_torn_picture_is_named_and_no_more(fake: FakeStudy) -> None:
