@@ -105,12 +105,12 @@ def _cam(path: StoragePath, row: TrialRow, problems: list[str]) -> str:
 
 def _stills(storage: Storage, row: TrialRow, image_id: str, problems: list[str]) -> list[Shown]:
     """The image and its truth; the data may be on another machine."""
-    data = DataConfig.model_validate(row.config["data"])
-    root = storage.dataset(data_name(data)) if data.root is None else Path(data.root)
-    if not root.is_dir():  # to open generated scenes would make them, and a report makes no data
-        problems.append(f"no images and truth: {root} is not on this machine")
-        return []
     try:
+        data = DataConfig.model_validate(row.config["data"])
+        root = storage.dataset(data_name(data)) if data.root is None else Path(data.root)
+        if not root.is_dir():  # to open generated scenes would make them, and a report makes no data
+            problems.append(f"no images and truth: {root} is not on this machine")
+            return []
         trial = TrialPictures(storage, row)
         found: list[tuple[str, Picture | None]] = [("image", trial.image(image_id)), ("truth", trial.truth(image_id))]
     except Exception as error:
