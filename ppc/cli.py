@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ppc.cli_export import register as register_export
 from ppc.cli_jobs import ask_head, at_job_server, refuse_cluster, refuse_job_server, register, resume_there
+from ppc.cli_report import register as register_report
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 study_app = typer.Typer(help="Launch, watch and resume studies.", no_args_is_help=True)
@@ -312,21 +313,6 @@ def study_list(
 
 
 @app.command()
-def report(name: str, storage: OptionalStorageOption = None, address: ServerOption = None) -> None:
-    """Print the table of a study and write it as Markdown, CSV and JSON."""
-    refuse_cluster(address)
-    if at_job_server(address):
-        raise ask_head(name, ["report", name], str(address), storage)
-    from ppc.report import build_report, print_report, write_report
-
-    store = _storage(storage or DEFAULT_STORAGE)
-    built = build_report(store, name)
-    files = write_report(built, store.study(name).path / "report")
-    print_report(built, console)
-    console.print(f"report: {files[0]}", highlight=False, markup=False, soft_wrap=True)
-
-
-@app.command()
 def sync(
     name: Annotated[str | None, typer.Argument(help="Study. Default: all of the storage.")] = None,
     storage: StorageOption = DEFAULT_STORAGE,
@@ -451,6 +437,7 @@ def schema(
 
 register(app, study_app)
 register_export(app, data_app)
+register_report(app)
 
 
 def main() -> None:

@@ -279,7 +279,7 @@ def run_study(
             report = build_report(storage, name)
             files = list[StoragePath]()
             try:
-                files = write_report(report, folder.path / "report")
+                files = write_report(report, folder.path / "report", storage)
             except OSError as error:  # the table is printed all the same
                 fault = fault or error
             if fault is None:
@@ -455,6 +455,7 @@ def _say_end(
         )
     if loop.problem:
         console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", highlight=False, markup=False)
-    if files:
-        console.print(f"report: {files[0]}", highlight=False, markup=False, soft_wrap=True)
+    for path in files:
+        if path.suffix in (".md", ".html"):
+            console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"MLflow UI: {command()} ui {study['name']}{flag}", highlight=False, markup=False, soft_wrap=True)

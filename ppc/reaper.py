@@ -65,7 +65,7 @@ def sync_studies(
             if not running:
                 report = folder.path / "report"
                 drawn = [report / picture for picture in names_in(report) if picture.endswith(".png")]
-                tracker.attach([*write_report(build_report(storage, name), report), *drawn])
+                tracker.attach([*write_report(build_report(storage, name), report, storage), *drawn])
             tracker.close()
         except TrackingError as error:
             problems.append(without_secrets(f"{name}: {error}"))

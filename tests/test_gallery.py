@@ -258,7 +258,10 @@ def test_figures_that_cannot_be_drawn_are_told_and_cost_nothing(ran: Storage, tm
     assert run_study(storage, "k", HERE, Console(file=said, width=200)) == 0
     assert "cams.png was not drawn: ValueError: no CAM of image" in said.getvalue()
     report = tmp_path / "studies" / "k" / "report"
-    assert {path.name for path in report.iterdir()} == {"report.md", "report.csv", "report.json", "predictions.png"}
+    written = {f"report.{ending}" for ending in ("md", "csv", "json", "tex", "html")}
+    assert {path.name for path in report.iterdir()} == {*written, "predictions.png"}
+    page = (report / "report.html").read_text()
+    assert page.count('alt="') > 8 and 'id="variant"' in page, "the overlays are drawn already, and images and truth"
 
 
 def test_a_study_without_results_or_without_label_maps_has_no_figures(tmp_path: Path) -> None:

@@ -75,7 +75,8 @@ def test_terminal_and_log_have_them_too(tmp_path: Path, terminal: bool) -> None:
 
 
 def test_csv_and_json_have_them_as_fractions(tmp_path: Path) -> None:
-    paths = write_report(build_report(on_voc(tmp_path).storage, "demo"), tmp_path / "report")
+    storage = on_voc(tmp_path).storage
+    paths = write_report(build_report(storage, "demo"), tmp_path / "report", storage)
     rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
     assert [row["variant"] for row in rows] == [BASE, FOUR, "Another | one", "A third"]
     assert [row["is_published_row"] for row in rows] == ["False", "False", "True", "True"]

@@ -161,3 +161,5 @@ def test_sync_sends_the_figures_that_a_launch_has_drawn(one: FakeStudy) -> None:
     experiment = client.get_experiment_by_name("ppc/one").experiment_id
     (parent,) = client.search_runs([experiment], "tags.`ppc.kind` = 'study'")
     assert [item.path for item in client.list_artifacts(parent.info.run_id, "figures")] == ["figures/cams.png"]
+    sent = {item.path for item in client.list_artifacts(parent.info.run_id, "report")}
+    assert sent == {f"report/report.{ending}" for ending in ("md", "csv", "json", "tex", "html")}

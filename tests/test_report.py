@@ -72,6 +72,21 @@ def test_markdown_prints_per_cent_marks_the_best_and_hides_nothing(fake: FakeStu
     assert "prototype_top_k=4 s=1: RuntimeError in train_cam: no memory left" in text
 
 
+def test_a_tested_variant_has_its_p_and_stars(fake: FakeStudy) -> None:
+    fake.finish(4, 0.53)
+    report = build_report(fake.storage, "demo")
+    # differences 0.10, 0.11, 0.04: mean 0.0833, deviation 0.0379, t 3.812; p by a table of t for two degrees: 0.062
+    text = markdown(report)
+    assert "| n | vs baseline | p (Holm) |" in text
+    assert "| +8.33 ± 3.79 (3 paired) | 0.062 |" in text and "not told from the noise of the seeds (p 0.062)" in text
+    assert "No test, hence no star, for prototype_top_k=32: 1 shared seed(s), a test needs 3." in text
+    fake.finish(5, 0.58)
+    text = markdown(build_report(fake.storage, "demo"))
+    assert r"| 0.00098 \*\*\* |" in text and r"more than the noise of the seeds (p 0.00098 \*\*\*)" in text
+    (line,) = [line for line in printed(fake, width=40).splitlines() if line.startswith("prototype_top_k=4")]
+    assert "53.67 ± 4.04 *" in line and "0.00098 ***" in line
+
+
 def test_header_says_what_the_figures_are(fake: FakeStudy) -> None:
     header = dict(build_report(fake.storage, "demo").header)
     assert header["split"] == "train: 240 images"
@@ -112,8 +127,8 @@ def test_reused_trials_are_called_so(fake: FakeStudy) -> None:
 
 
 def test_files_hold_the_same_numbers_unrounded(fake: FakeStudy, tmp_path: Path) -> None:
-    paths = write_report(build_report(fake.storage, "demo"), tmp_path / "report")
-    assert [path.name for path in paths] == ["report.md", "report.csv", "report.json"]
+    paths = write_report(build_report(fake.storage, "demo"), tmp_path / "report", fake.storage)
+    assert [path.name for path in paths] == ["report.md", "report.csv", "report.json", "report.tex", "report.html"]
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == sorted(path.name for path in paths)
     rows = list(csv.DictReader(io.StringIO(paths[1].read_text())))
     assert [row["contrast.prototype_top_k"] for row in rows] == ["0", "4", "32"]
@@ -201,7 +216,7 @@ def test_csv_says_what_each_figure_is_measured_on(fake: FakeStudy, tmp_path: Pat
     fake.study["trials"][3]["same_as"] = "prototype_top_k=0"
     write_json(fake.storage.study("demo").path / "study.json", fake.study)
     report = build_report(fake.storage, "demo")
-    rows = list(csv.DictReader(io.StringIO(write_report(report, tmp_path / "report")[1].read_text())))
+    rows = list(csv.DictReader(io.StringIO(write_report(report, tmp_path / "report", fake.storage)[1].read_text())))
     told = [(row["split"], row["count"], row["protocol"], row["generated"]) for row in rows]
     assert told == [("train", "240", "best_on_train", "True")] * 3
     assert [row["same_as"] for row in rows] == ["", "prototype_top_k=0", ""]

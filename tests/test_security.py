@@ -153,7 +153,7 @@ def test_a_dataset_reads_nothing_outside(tmp_path: Path) -> None:
     assert problem.path.endswith("bad.txt") and problem.what.startswith("line 2: image '..'")
 
 
-@pytest.mark.parametrize("command", ["report", "sync", "study status", "study resume", "figure", "ui"])
+@pytest.mark.parametrize("command", ["report", "compare", "sync", "study status", "study resume", "figure", "ui"])
 def test_no_command_leaves_the_storage(command: str, tmp_path: Path) -> None:
     FakeStudy(tmp_path / "outside", name="x")
     before = sorted(tmp_path.rglob("*"))
