@@ -54,6 +54,7 @@ def check_ppc(words: list[str], *, bare: bool) -> None:
 
 def check_line(line: str, *, bare: bool = False) -> None:
     words = shlex.split(line, comments=True)
+    words = words[: words.index(">")] if ">" in words else words  # where its output goes is the shell's
     if not words or words[0] == "export":
         return
     if words[0] == "ppc":
