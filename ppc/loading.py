@@ -279,15 +279,21 @@ def tiny(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, keep
     out = Raw(raw)
     for path, value in values.items():
         out = out if path in keep else place(out, path, value, "--tiny")
+    return place_all(out, extra or {}, "tiny")
+
+
+def place_all(raw: Raw, values: Mapping[str, Any], origin: str) -> Raw:
+    """A copy with dotted fields set, told to come from `origin` where the values do not know their lines; one
+    ConfigError holds all names that are no fields."""
     problems: list[Problem] = []
-    for path, value in (extra or {}).items():
-        where = getattr(extra, "origin", {}).get(path, "tiny")
+    for path, value in values.items():
+        where = getattr(values, "origin", {}).get(path, origin)
         if (problem := check_path(path, where)) is not None:
             problems.append(problem)
-        out = place(out, path, value, where)
+        raw = place(raw, path, value, where)
     if problems:
         raise ConfigError(problems)
-    return out
+    return raw
 
 
 def tiny_note(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ppc.loading import Kept, get, place, tiny
-from ppc.schema import ConfigError, Problem, Raw, check_path, fields
+from ppc.loading import Kept, get, place, place_all, tiny
+from ppc.schema import Raw, fields
 from ppc.study_config import AxisRange, DesignConfig, StudyConfig, Twin
 
 OTHER_NETS = ("psa", "irn", "segmentation")  # sections of the nets that are not the CAM net
@@ -99,15 +99,7 @@ def scenes(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, ke
         for path in (*SHRINK, "seeds.splits", "seeds.val_subset_split"):
             if path not in set_here and (value := get(raw, path, fields()[path].default)) is not None:
                 out = place(out, path, scaled(path, value), "--scenes")
-    problems: list[Problem] = []
-    for path, value in (extra or {}).items():
-        where = getattr(extra, "origin", {}).get(path, "scenes")
-        if (problem := check_path(path, where)) is not None:
-            problems.append(problem)
-        out = place(out, path, value, where)
-    if problems:
-        raise ConfigError(problems)
-    return out
+    return place_all(out, extra or {}, "scenes")
 
 
 def scaled(path: str, value: Any) -> Any:

@@ -20,6 +20,7 @@ from ppc.checks import check_trial
 from ppc.cli import app
 from ppc.config import TrialConfig
 from ppc.data import VocLayout
+from ppc.data.labels import read_label_file
 from ppc.figures import VOC_PALETTE, read_palette_png
 from ppc.launch import define, save
 from ppc.ledger import read_rows
@@ -44,7 +45,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (lists / "val.txt").unlink()
     for image_id in ids:
         (root / "SegmentationClass" / f"{image_id}.png").unlink()
-    labels = np.load(root / "cls_labels.npy", allow_pickle=True).item()
+    labels = read_label_file(root / "cls_labels.npy", layout(root).num_classes)
     np.save(root / "cls_labels.npy", {key: value for key, value in labels.items() if key not in ids})
     return root
 
