@@ -7,17 +7,14 @@ from typing import Annotated
 
 import typer
 
+from ppc.cli_options import DEFAULT_STORAGE, StorageOption
+
 export_app = typer.Typer(help="Hand a trial's products to others.", no_args_is_help=True)
-StorageOption = Annotated[
-    str,
-    typer.Option("--storage", envvar="PPC_STORAGE", help="Folder or s3://bucket/prefix that holds all of a project."),
-]
 OutArgument = Annotated[Path, typer.Argument(help="Folder to fill: new, empty, or of the same export before.")]
 VariantOption = Annotated[str | None, typer.Option(help="Row of the table. Default: the first.")]
 BestOption = Annotated[str | None, typer.Option("--variant", help="Row of the table. Default: the best.")]
 SeedOption = Annotated[int | None, typer.Option(help="Default: the first.")]
 SplitOption = Annotated[list[str], typer.Option("--split", help="Repeatable. Default: all of the product's.")]
-DEFAULT_STORAGE = "ppc-storage"
 
 
 def figure(

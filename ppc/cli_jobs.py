@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-SetOption = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; repeatable.")]
+from ppc.cli_options import SetOption
+
 JobServerOption = Annotated[
     str, typer.Option("--address", envvar="PPC_ADDRESS", help="Job server of the cluster: http://HEAD:8265.")
 ]

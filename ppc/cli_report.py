@@ -8,18 +8,8 @@ import typer
 from rich.console import Console
 
 from ppc.cli_jobs import ask_head, at_job_server, refuse_cluster
+from ppc.cli_options import DEFAULT_STORAGE, OptionalStorageOption, ServerOption
 
-DEFAULT_STORAGE = "ppc-storage"
-OptionalStorageOption = Annotated[
-    str | None,
-    typer.Option(
-        "--storage", envvar="PPC_STORAGE", help="As for launch; with a job server: by default that of the last job."
-    ),
-]
-ServerOption = Annotated[
-    str | None,
-    typer.Option("--address", envvar="PPC_ADDRESS", help="Job server (http://HEAD:8265): ask it, not this machine."),
-]
 FORMATS = {"md": "md", "latex": "tex", "csv": "csv", "html": "html"}  # and the ending of its file
 
 

@@ -1,0 +1,61 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+# a str and not a Path: Path("s3://b/x") is s3:/b/x
+StorageOption = Annotated[
+    str,
+    typer.Option("--storage", envvar="PPC_STORAGE", help="Folder or s3://bucket/prefix that holds all of a project."),
+]
+OptionalStorageOption = Annotated[
+    str | None,
+    typer.Option(
+        "--storage", envvar="PPC_STORAGE", help="As for launch; with a job server: by default that of the last job."
+    ),
+]
+ServerOption = Annotated[
+    str | None,
+    typer.Option("--address", envvar="PPC_ADDRESS", help="Job server (http://HEAD:8265): ask it, not this machine."),
+]
+SetOption = Annotated[list[str], typer.Option("--set", metavar="FIELD=VALUE", help="Override a field; repeatable.")]
+RuntimeSetOption = Annotated[
+    list[str], typer.Option("--set", metavar="runtime.X=VALUE", help="Change how what is left runs; repeatable.")
+]
+TinyOption = Annotated[bool, typer.Option("--tiny", help="Shrink to seconds: generated images, one epoch.")]
+ScenesOption = Annotated[
+    bool, typer.Option("--scenes", help="The whole design on the generated scenes, at a size for two CPUs.")
+]
+LocalOption = Annotated[bool, typer.Option("--local", help="On this machine alone, without Ray and MLflow.")]
+AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, or `auto`. Default: one on this machine.")]
+CpusOption = Annotated[int | None, typer.Option(help="CPUs of the cluster that is started here.")]
+ConcurrentOption = Annotated[
+    int | None, typer.Option(help="Trials at a time. Default: as many as fit; with --local one.")
+]
+TrackingOption = Annotated[
+    str | None, typer.Option(help="MLflow URI, or `none`. Default: MLFLOW_TRACKING_URI, else SQLite in the storage.")
+]
+
+
+def _notify_url(url: str | None) -> str | None:
+    if not url:
+        return None
+    from ppc.notify import check_url
+
+    return check_url(url)
+
+
+NotifyOption = Annotated[
+    str | None,
+    typer.Option(
+        "--notify",
+        metavar="URL",
+        envvar="PPC_NOTIFY",
+        callback=_notify_url,
+        help="Post a JSON message there when a trial first fails and when the study ends.",
+    ),
+]
+DEFAULT_STORAGE = "ppc-storage"
