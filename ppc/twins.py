@@ -1,4 +1,4 @@
-"""A study's twins: `tiny` ends in seconds, `scenes` has the whole design on the generated dataset, in under an hour."""
+"""A study's twins: `tiny` ends in seconds, `scenes` has the whole design on the generated dataset, small enough for CPUs."""
 
 from __future__ import annotations
 
