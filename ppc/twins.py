@@ -1,4 +1,4 @@
-"""A study's twins: `tiny` ends in seconds, `scenes` has the whole design on the generated dataset, small enough for CPUs."""
+"""A study's twins: `tiny` ends in seconds, `scenes` is the whole design on generated data, small enough for CPUs."""
 
 from __future__ import annotations
 
