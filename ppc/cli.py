@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,8 +29,10 @@ from ppc.cli_options import (
     StorageOption,
     TinyOption,
     TrackingOption,
+    words_again,
 )
 from ppc.cli_report import register as register_report
+from ppc.cli_ui import register as register_ui
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 study_app = typer.Typer(help="Launch, watch and resume studies.", no_args_is_help=True)
@@ -50,9 +53,11 @@ def _beside_a_user() -> bool:
     return "PPC_CODE" not in os.environ
 
 
-def _run_defined(definition: dict[str, Any], storage: Any, where: Any) -> None:
+def _run_defined(definition: dict[str, Any], storage: Any, where: Any, typed: list[str]) -> None:
     from ppc.launch import run_study
+    from ppc.redact import without_secrets
 
+    definition["command"] = without_secrets(shlex.join(["ppc", *typed]))  # of the words those that decide numbers
     raise typer.Exit(run_study(storage, definition["name"], where, console, definition))
 
 
@@ -98,7 +103,10 @@ def run(
     store = _storage(storage)
     definition = define(study, [spec], name, store, any_metric=True, twin=twin)
     _run_defined(
-        definition, store, Where(local, address, num_cpus, None, "none" if local else tracking, ui=_beside_a_user())
+        definition,
+        store,
+        Where(local, address, num_cpus, None, "none" if local else tracking, ui=_beside_a_user()),
+        words_again(["run"], config, sets, twin),
     )
 
 
@@ -162,6 +170,7 @@ def study_launch(
         Where(
             local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user(), notify=notify
         ),
+        words_again(["study", "launch"], file, sets, twin),
     )
 
 
@@ -293,42 +302,6 @@ def sync(
         console.print(f"no study in {store.root}", highlight=False, markup=False, soft_wrap=True)
 
 
-@app.command()
-def ui(
-    study: Annotated[str | None, typer.Argument(help="Study whose page the link opens.")] = None,
-    storage: StorageOption = DEFAULT_STORAGE,
-    host: str = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Default: 5000, or another one when that is taken.")] = None,
-) -> None:
-    """Serve this storage's MLflow until Ctrl-C, and print the link. What a killed launch left running there ends."""
-    from ppc.exposure import open_to_others
-    from ppc.mlflow_embedded import running, start_ui
-    from ppc.mlflow_server import default_uri, experiment_id, study_link
-    from ppc.reaper import end_what_is_dead
-
-    store = _storage(storage)
-    end_what_is_dead(store, default_uri(store))
-    experiment = None if study is None else experiment_id(store, study, default_uri(store))
-    if study is not None and experiment is None:
-        store.study(study).definition()  # says so when there is no such study
-
-    def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
-
-    found = running(store)
-    if found is not None and found[1] == "ui" and port is None:
-        say(f"MLflow: {study_link(found[0], experiment)}\nanother `ppc ui` serves it already")
-        return
-    if (warning := open_to_others(host)) is not None:
-        say(f"WARNING: {warning}")
-    with start_ui(store, host, port) as server:
-        say(f"MLflow: {study_link(server.url, experiment)}\nCtrl-C ends it")
-        try:
-            server.wait()
-        except KeyboardInterrupt:
-            say("stopped")
-
-
 @data_app.command("make-scenes")
 def make_scenes_command(
     root: Annotated[Path, typer.Argument(help="Folder to make.")],
@@ -400,6 +373,7 @@ def schema(
 register(app, study_app)
 register_export(app, data_app)
 register_report(app)
+register_ui(app)
 
 
 def main() -> None:

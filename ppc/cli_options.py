@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -59,3 +60,9 @@ NotifyOption = Annotated[
     ),
 ]
 DEFAULT_STORAGE = "ppc-storage"
+
+
+def words_again(command: list[str], file: Path, sets: list[str], twin: str) -> list[str]:
+    """The words of a command line that give the same trials again."""
+    again = [word for item in sets for word in ("--set", item)]
+    return [*command, str(file), *([] if twin == "full" else [f"--{twin}"]), *again]

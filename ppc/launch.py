@@ -27,11 +27,13 @@ from ppc.gallery import draw_study
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
 from ppc.mlflow_embedded import server_of_launch
+from ppc.mlflow_server import is_server, tracking_uri
+from ppc.mlflow_views import links
 from ppc.notify import check_url, notifying
 from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
 from ppc.planning import Planner, data_name
 from ppc.published import saved as saved_rows
-from ppc.report import build_report, print_report, write_report
+from ppc.report import build_report, live_note, print_report, write_report
 from ppc.resources import change_runtime
 from ppc.search import Search, next_round, start
 from ppc.stopping import metric_problem, must_run, no_effect
@@ -274,7 +276,7 @@ def run_study(
 
         server = server_of_launch(option, storage, name, say)
         told = notifying(where.notify, storage, study, say)  # at the end last of all: the report is there by then
-        with told, server, SyncLoop(tracker, lambda: read_rows(storage, study)) as loop:
+        with told, server, SyncLoop(tracker, lambda: read_rows(storage, study), note=live_note(storage, study)) as loop:
             fault: OSError | None = _run_rounds(todo, storage, study, launch_dir, where, console)
             report = build_report(storage, name)
             files = list[StoragePath]()
@@ -287,7 +289,7 @@ def run_study(
             loop.finish(files, flush_s=None if fault is None else FAULT_FLUSH_S)
     print_report(report, console)
     rows = read_rows(storage, study)
-    _say_end(console, storage, study, rows, loop, files)
+    _say_end(console, storage, study, rows, loop, files, where)
     if fault is not None:
         console.print(f"storage: {fault}", highlight=False, markup=False, soft_wrap=True)
     return 0 if fault is None and all(row.state in (FINISHED, STOPPED) for row in rows) else 1
@@ -443,11 +445,12 @@ def _say_end(
     rows: list[TrialRow],
     loop: SyncLoop,
     files: list[StoragePath],
+    where: Where,
 ) -> None:
     for row in rows:
         if row.error:
-            where = storage.trial(row.key).path / "error.json"
-            console.print(f"traceback of {row.label}: {where}", highlight=False, markup=False, soft_wrap=True)
+            path = storage.trial(row.key).path / "error.json"
+            console.print(f"traceback of {row.label}: {path}", highlight=False, markup=False, soft_wrap=True)
     flag = f" --storage {storage.root}"
     if any(row.state not in (FINISHED, STOPPED) for row in rows):
         console.print(
@@ -458,4 +461,9 @@ def _say_end(
     for path in files:
         if path.suffix in (".md", ".html"):
             console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
-    console.print(f"MLflow UI: {command()} ui {study['name']}{flag}", highlight=False, markup=False, soft_wrap=True)
+    uri = tracking_uri(where.tracking, storage)
+    if uri != "none" and is_server(uri) and not loop.problem:
+        for name, link in links(uri, storage, study["name"], uri).items():
+            console.print(f"{name}: {link}", **AS_IT_IS)
+    else:
+        console.print(f"MLflow UI: {command()} ui {study['name']}{flag}", **AS_IT_IS)

@@ -32,8 +32,9 @@ from ppc.mlflow_server import (
     experiment_id,
     made_ms,
     move_artifacts,
-    study_link,
+    server_version,
 )
+from ppc.mlflow_views import study_link
 from ppc.places import LockedError, locked, pause_s
 
 PORT = 5000  # MLflow's own; another one when it is taken
@@ -230,7 +231,7 @@ class LaunchServer:
                 if found is None:
                     server = start_ui(self._storage, by="launch", niceness=LAUNCH_NICENESS, ending=self._ending)
             url = found[0] if found else server.url if server else ""
-            self._say(f"MLflow: {study_link(url, experiment)}")
+            self._say(f"MLflow: {study_link(url, experiment, server_version(url))}")
             if server is not None:
                 self._ending.wait()
                 server.stop()

@@ -11,7 +11,7 @@ import urllib.request
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
-from urllib.parse import quote
+from typing import Any
 
 from ppc.artifacts import Storage, read_json
 from ppc.redact import safe_uri, without_secrets
@@ -115,10 +115,16 @@ def tracking_uri(option: str | None, storage: Storage) -> str:
     return uri if uri == "none" else check_uri(uri)
 
 
+def sent_to(storage: Storage, study_name: str, uri: str) -> dict[str, Any]:
+    """What the tracker remembers of a study at a tracking URI; empty when nothing was sent there."""
+    memory = read_json(storage.study(study_name).path / "tracking.json") or {}
+    found: dict[str, Any] = memory.get(safe_uri(uri), {})
+    return found
+
+
 def experiment_id(storage: Storage, study_name: str, uri: str) -> str | None:
     """Id of a study's experiment at a tracking URI; None when nothing was sent there."""
-    memory = read_json(storage.study(study_name).path / "tracking.json") or {}
-    found = memory.get(safe_uri(uri), {}).get("experiment")
+    found = sent_to(storage, study_name, uri).get("experiment")
     return None if found is None else str(found)
 
 
@@ -149,8 +155,11 @@ def probe(uri: str, timeout_s: float = 3.0) -> None:
         raise TrackingError(f"no MLflow server answers at {address}: {reason}") from error
 
 
-def study_link(base_url: str, experiment: str | None) -> str:
-    """Address of a study's runs in the UI; of the UI itself when the study has no experiment there."""
-    if experiment is None:
-        return base_url
-    return f"{base_url.rstrip('/')}/#/experiments/{quote(experiment)}/runs?workflowType=machine_learning"
+def server_version(url: str, timeout_s: float = 3.0) -> str | None:
+    """The version of the MLflow server at an address, such as 3.17.2; None when it does not say."""
+    try:
+        with urllib.request.urlopen(f"{safe_uri(url)}/version", timeout=timeout_s) as answer:
+            found = answer.read(100).decode(errors="replace").strip()
+    except (OSError, http.client.HTTPException):
+        return None
+    return found if re.fullmatch(r"[\w.+]+", found) else None

@@ -51,7 +51,7 @@ def sync_studies(
 
     TrackingError with all problems at the end: a study that cannot be sent does not keep back the others.
     """
-    from ppc.report import build_report, write_report
+    from ppc.report import live_note, report_of, write_report
     from ppc.tracking import make_tracker
 
     problems = []
@@ -61,11 +61,12 @@ def sync_studies(
         running = folder.being_run()
         try:
             tracker = make_tracker(option, storage, study, None)
-            tracker.sync(read_rows(storage, study), final=not running)
+            rows = read_rows(storage, study)
+            tracker.sync(rows, final=not running, note=live_note(storage, study)(rows))
             if not running:
                 report = folder.path / "report"
                 drawn = [report / picture for picture in names_in(report) if picture.endswith(".png")]
-                tracker.attach([*write_report(build_report(storage, name), report, storage), *drawn])
+                tracker.attach([*write_report(report_of(storage, study, rows), report, storage), *drawn])
             tracker.close()
         except TrackingError as error:
             problems.append(without_secrets(f"{name}: {error}"))

@@ -3,32 +3,62 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from statistics import fmean
+from typing import Any
 
 from ppc.artifacts import Storage, now_ms, write_json
 from ppc.html_report import page
 from ppc.latex import latex
-from ppc.ledger import TrialRow, counts, read_rows, stopped_at
+from ppc.ledger import FINISHED, TrialRow, counts, read_rows, stopped_at
 from ppc.places import StoragePath, atomic_write
 from ppc.published import claims, images_of, is_iou, metric_split, other_methods, published_metrics
 from ppc.report_header import distinct, generated, header, segmentation_lines, skipped_lines
-from ppc.report_table import Line, Report, align, cells, columns, duration, number, one_line
+from ppc.report_table import Line, Report, align, cells, columns, duration, number, one_line, verdict
 from ppc.report_text import as_csv, markdown, print_report
 from ppc.significance import against_baseline
 from ppc.study import Row, summarise
 
 __all__ = [
     "Line", "Report", "align", "as_csv", "build_report", "cells", "columns", "duration", "generated", "latex",
-    "markdown", "number", "one_line", "print_report", "segmentation_lines", "skipped_lines", "write_report",
+    "live_note", "markdown", "number", "one_line", "page_note", "print_report", "report_of", "segmentation_lines",
+    "skipped_lines", "write_report",
 ]  # fmt: skip
 
 
 def build_report(storage: Storage, study_name: str) -> Report:
     """The report of a study as its files say now; ValueError when there is no such study."""
     study = storage.study(study_name).definition()
-    rows = read_rows(storage, study)
+    return report_of(storage, study, read_rows(storage, study))
+
+
+def page_note(report: Report) -> str:
+    """The report as the note of the study's page, which shows the first line alone until it is opened: the answer."""
+    states = Counter[str]()
+    for line in report.lines:
+        states.update(line.states)
+    done, total = states[FINISHED], states.total()
+    answer = " ".join(verdict(report)) or "No trial has a result yet."
+    return (answer if done == total else f"{done} of {total} trials finished. {answer}") + "\n\n" + markdown(report)
+
+
+def live_note(storage: Storage, study: dict[str, Any]) -> Callable[[Sequence[TrialRow]], str]:
+    """What makes of the rows the note of the study's page; it is made anew when a trial's state has changed."""
+    last: list[Any] = [None, ""]
+
+    def note(rows: Sequence[TrialRow]) -> str:
+        now = [(row.key, row.state, row.attempt) for row in rows]
+        if now != last[0]:
+            last[:] = [now, page_note(report_of(storage, study, rows))]
+        return str(last[1])
+
+    return note
+
+
+def report_of(storage: Storage, study: dict[str, Any], rows: Sequence[TrialRow]) -> Report:
+    """The report of a study as these rows say."""
     metric = study["metric"]
     values: dict[str, dict[str, dict[int, float]]] = {row.variant: {} for row in rows}
     for row in rows:
@@ -59,7 +89,7 @@ def build_report(storage: Storage, study_name: str) -> Report:
     errors = [(row.label, one_line(row.error)) for row in rows if row.error is not None]
     facts = header(storage, study, rows)
     return Report(
-        study_name, study.get("note", ""), metric, generated(study), facts, lines, errors, now_ms(), shown,
+        study["name"], study.get("note", ""), metric, generated(study), facts, lines, errors, now_ms(), shown,
         published_metrics(study), other_methods(study),
     )  # fmt: skip
 

@@ -66,6 +66,8 @@ def header(storage: Storage, study: dict[str, Any], rows: Sequence[TrialRow]) ->
     commit = f"commit {code['commit']}" if code.get("commit") else "no commit known"
     changed = " with uncommitted changes" if code.get("dirty") else ""
     header.append(("code", f"version {code.get('version', '?')}, {commit}{changed}"))
+    if study.get("command"):
+        header.append(("made by", f"`{study['command']}`"))
     header += [("changed", line) for line in told(study)]
     if (text := caveat(study, images_of(rows))) is not None:
         header.append(("published", text))

@@ -21,11 +21,11 @@ FLUSH_S = 60.0
 class Tracker(Protocol):
     """Where trials are recorded. Any method may raise; nothing it does reaches a trial."""
 
-    def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
-        """Send what is new. `final`: the launch has ended."""
+    def sync(self, rows: Sequence[TrialRow], *, final: bool = False, note: str = "") -> None:
+        """Send what is new. `final`: the launch has ended. `note`: Markdown that the study's page shows from now on."""
 
     def attach(self, paths: Sequence[StoragePath]) -> None:
-        """Add files (the report, PNGs) to the record of the launch; a `report.md` becomes the study's note too."""
+        """Add files (the report, PNGs) to the record of the launch."""
 
     def close(self) -> None:
         """Let go of connections."""
@@ -34,7 +34,7 @@ class Tracker(Protocol):
 class NoTracker:
     """Records nothing."""
 
-    def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
+    def sync(self, rows: Sequence[TrialRow], *, final: bool = False, note: str = "") -> None:
         """See `Tracker.sync`."""
 
     def attach(self, paths: Sequence[StoragePath]) -> None:
@@ -48,7 +48,7 @@ class SyncLoop:
     """Keeps a tracker up to date from a daemon thread. An error is said once, and what failed is tried again.
 
     As a context manager it starts at once, and sends what is left when the block ends (after an error: briefly; when
-    the storage has not answered: it has nothing to send).
+    the storage has not answered: it has nothing to send). `note` makes of the rows what the study's page says.
     """
 
     def __init__(
@@ -56,11 +56,12 @@ class SyncLoop:
         tracker: Tracker,
         rows: Callable[[], Sequence[TrialRow]],
         *,
+        note: Callable[[Sequence[TrialRow]], str] = lambda rows: "",
         every_s: float = EVERY_S,
         longest_wait_s: float = LONGEST_WAIT_S,
         say: Callable[[str], None] = lambda text: print(text, flush=True),
     ) -> None:
-        self._tracker, self._rows, self._say = tracker, rows, say
+        self._tracker, self._rows, self._note, self._say = tracker, rows, note, say
         self._every_s, self._longest_wait_s = every_s, longest_wait_s
         self._ending, self._ended = threading.Event(), False
         self._deadline = 0.0
@@ -89,7 +90,7 @@ class SyncLoop:
     def _run(self) -> None:
         wait_s = 0.0
         while not self._ending.wait(wait_s):
-            if self._try(lambda: self._tracker.sync(self._rows())):
+            if self._try(self._send):
                 wait_s = self._every_s
             else:
                 wait_s = min(self._longest_wait_s, max(1.0, 2 * wait_s))
@@ -99,8 +100,12 @@ class SyncLoop:
             time.sleep(1.0)
         self._ended = True
 
+    def _send(self, final: bool = False) -> None:
+        rows = self._rows()
+        self._tracker.sync(rows, final=final, note=self._note(rows))
+
     def _send_last(self) -> None:
-        self._tracker.sync(self._rows(), final=True)
+        self._send(final=True)
         self._tracker.attach(self._files)
         self._tracker.close()
 

@@ -52,6 +52,7 @@ from ppc.mlflow_server import (
     tracking_uri,
     words_of,
 )
+from ppc.mlflow_views import saved_views
 from ppc.places import LockedError, StoragePath, locked, names_in, read_bytes
 from ppc.redact import safe_uri
 from ppc.run_record import Point, is_number, metric_name
@@ -59,11 +60,15 @@ from ppc.sync_loop import NoTracker, SyncLoop, Tracker
 
 __all__ = ["MlflowTracker", "NoTracker", "SyncLoop", "Tracker", "make_tracker"]
 
+NOTE_LIMIT = 19_000  # characters of the study's note: MLflow refuses a tag of more than 20,000
+PAGE = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on runs, not on traces
 BATCH = 1000  # metrics of one request: MLflow's own limit
 RUN_STATUS = {
     RUNNING: RUNNING, FINISHED: FINISHED, FAILED: FAILED, KILLED: KILLED, INTERRUPTED: KILLED, STOPPED: KILLED,
 }  # fmt: skip
-EMPTY: dict[str, Any] = {"experiment": None, "note": None, "runs": {}, "launches": {}}
+EMPTY: dict[str, Any] = {
+    "experiment": None, "tags": {}, "metrics": [], "runs": {}, "launches": {},
+}  # fmt: skip
 
 
 def make_tracker(option: str | None, storage: Storage, study: dict[str, Any], launch: str | None) -> Tracker:
@@ -119,7 +124,7 @@ class MlflowTracker:
                 probe(self.uri)
                 self._looked = False
                 everything = read_json(self._folder / "tracking.json") or {}
-                self._memory = everything.get(safe_uri(self.uri)) or json.loads(json.dumps(EMPTY))
+                self._memory = json.loads(json.dumps(EMPTY)) | everything.get(safe_uri(self.uri), {})
                 if self._mlflow is None or self._memory["experiment"] is None:
                     self._connect()
                 yield
@@ -157,8 +162,6 @@ class MlflowTracker:
         if self._memory["experiment"] != number:
             self._memory = {**json.loads(json.dumps(EMPTY)), "experiment": number}
         self._reconcile()
-        if self._memory["note"] is None:
-            self._set_note("")
 
     def _reconcile(self) -> None:
         """Make the memory agree with MLflow: runs that are gone are forgotten, runs it does not know are taken up."""
@@ -210,7 +213,7 @@ class MlflowTracker:
 
     # -- the study and its launches
 
-    def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
+    def sync(self, rows: Sequence[TrialRow], *, final: bool = False, note: str = "") -> None:
         """See `Tracker.sync`. A trial that cannot be sent does not keep back the others; the first error is raised."""
         with self._writing():
             if final and self._unanswered:
@@ -229,6 +232,7 @@ class MlflowTracker:
                     problems.append(f"{row.label}: {words_of(error, self.uri)}")
             self._end_left_out({row.key for row in rows})
             self._close_launch(rows, launch, final)
+            self._show(note)
             if problems:
                 raise TrackingError("; ".join(problems[:3])) from cause
 
@@ -245,8 +249,6 @@ class MlflowTracker:
                 if not launch["deleted"] and launch["sent"].get(f"file/{path.name}") != mark:
                     self._mlflow.log_text(launch["id"], text, f"report/{path.name}")
                     launch["sent"][f"file/{path.name}"] = mark
-                if path.name == "report.md":
-                    self._set_note(text)
             self._save()
 
     def _attach_picture(self, launch: dict[str, Any], path: StoragePath) -> None:
@@ -261,14 +263,26 @@ class MlflowTracker:
         """See `Tracker.close`."""
         self._mlflow = None
 
-    def _set_note(self, report: str) -> None:
-        name = self.study["name"]
-        how = f"`ppc report {name}` prints the table, `ppc study status {name}` how the trials stand."
-        note = "\n\n".join(part for part in (self.study.get("note"), report, how) if part)[:19_000]
-        if note != self._memory["note"]:
-            self._mlflow.set_experiment_tag(self._memory["experiment"], "mlflow.note.content", note)
-            self._memory["note"] = note
-            self._save()
+    def _show(self, note: str) -> None:
+        """Have the UI open on this study's trials, with views of what was sent of them by now and the note."""
+        pictures = {
+            f"cam/{record.image_name(what.removeprefix('overlay/'))}"
+            for entry in self._memory["runs"].values()
+            for what in entry["sent"]
+            if what.startswith("overlay/")
+        }
+        metric, factors = self.study["metric"], self.study["factors"]
+        views = saved_views(factors, metric, self._memory["metrics"], sorted(pictures), self.study["created_ms"])
+        tags = {**PAGE, "mlflow.experiment.primaryMetric.name": f"final/{metric}", **views}
+        self._tag_experiment(tags | ({"mlflow.note.content": note[:NOTE_LIMIT]} if note else {}))
+
+    def _tag_experiment(self, tags: Mapping[str, str]) -> None:
+        before = self._memory["tags"]
+        for name, value in tags.items():
+            if value != before.get(name):
+                self._mlflow.set_experiment_tag(self._memory["experiment"], name, value)
+                before[name] = value
+                self._save()
 
     def _open_launch(self, final: bool) -> dict[str, Any]:
         names = [name for name in names_in(self._folder / "launches") if name.isdigit()]
@@ -354,12 +368,12 @@ class MlflowTracker:
         mark = entry["sent"].get(f"journal/{name}", [0, -1])
         points, end = record.new_points(folder / "journal.jsonl", mark)
         if end != mark:
-            self._once(entry, f"journal/{name}", end, lambda: self._log(entry["id"], points))
+            self._once(entry, f"journal/{name}", end, lambda: self._log_trial(entry["id"], points))
         if manifest is None:
             return
         scores = record.stage_points(manifest)
         names = sorted({point.name for point in scores})  # a result is not to send them again
-        self._once(entry, f"metrics/{name}", names, partial(self._log, entry["id"], scores))
+        self._once(entry, f"metrics/{name}", names, partial(self._log_trial, entry["id"], scores))
         pictures = [folder / "overlays" / picture for picture in names_in(folder / "overlays")]
         fresh = [path for path in pictures if path.suffix == ".png" and f"overlay/{path.stem}" not in entry["sent"]]
         if not fresh:
@@ -382,6 +396,11 @@ class MlflowTracker:
         metrics = [Metric(metric_name(p.name), p.value, p.time_ms, p.step) for p in points if is_number(p.value)]
         for start in range(0, len(metrics), BATCH):
             self._mlflow.log_batch(run, metrics[start : start + BATCH], synchronous=True)
+
+    def _log_trial(self, run: str, points: Sequence[Point]) -> None:
+        self._log(run, points)
+        known = self._memory["metrics"]
+        self._memory["metrics"] = sorted({*known, *(metric_name(p.name) for p in points if is_number(p.value))})
 
     def _set_tags(self, run: str, before: Mapping[str, str], tags: Mapping[str, str]) -> None:
         from mlflow.exceptions import MlflowException
@@ -409,7 +428,7 @@ class MlflowTracker:
         self._mlflow.log_inputs(run, [DatasetInput(d, [InputTag("mlflow.data.context", "train")]) for d in datasets])
 
     def _log_result(self, entry: dict[str, Any], result: dict[str, Any]) -> None:
-        self._log(run := entry["id"], record.result_points(result, self.study["metric"], entry["sent"]))
+        self._log_trial(run := entry["id"], record.result_points(result, self.study["metric"], entry["sent"]))
         if (table := record.class_table(result)) is not None:
             self._mlflow.log_text(run, json.dumps(table), "per_class_iou.json")
             self._log(run, tags={"mlflow.loggedArtifacts": '[{"path": "per_class_iou.json", "type": "table"}]'})

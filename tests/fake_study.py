@@ -89,7 +89,9 @@ class FakeStudy:
         stage = self.storage.stage("make_seeds", entry["stages"][1]["key"])
         (stage.path / "overlays").mkdir(parents=True, exist_ok=True)
         for i in range(overlays):
-            Image.fromarray(np.full((8, 12, 3), 40 * i, np.uint8)).save(stage.path / "overlays" / f"2007_{i}.png")
+            Image.fromarray(np.full((8, 12, 3), 40 * i + index, np.uint8)).save(
+                stage.path / "overlays" / f"2007_{i}.png"
+            )
         stage.finish({}, wall_s=10.0)
         stages = [{"name": s["name"], "key": s["key"], "reused": False, "wall_s": wall_s / 2} for s in entry["stages"]]
         result = {

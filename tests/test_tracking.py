@@ -21,12 +21,14 @@ from ppc import tracking
 from ppc.artifacts import Storage, now_ms
 from ppc.ledger import STALE_S, TrialRow
 from ppc.mlflow_embedded import start_ui, ui_command
-from ppc.mlflow_server import TrackingError, check_uri, default_uri, experiment_id, study_link, tracking_uri
+from ppc.mlflow_server import TrackingError, check_uri, default_uri, experiment_id, server_version, tracking_uri
+from ppc.mlflow_views import links
 from ppc.redact import safe_uri
+from ppc.report import live_note
 from ppc.run_record import metric_name, new_points
 from ppc.tracking import MlflowTracker, NoTracker, SyncLoop, Tracker, make_tracker
 
-pytest.importorskip("mlflow")
+mlflow_module = pytest.importorskip("mlflow")
 
 
 @pytest.fixture
@@ -290,7 +292,45 @@ def test_axis_of_fractions_uses_places(tmp_path: Path, fake: FakeStudy) -> None:
     assert [(s, v) for s, v, _ in history(fractions, parent, "curve/mask_miou_train")] == [(0, 0.6), (1, 0.4)]
 
 
-def test_report_is_attached_and_is_the_note(fake: FakeStudy, tmp_path: Path) -> None:
+def tags_of(fake: FakeStudy) -> dict[str, str]:
+    """Tags of the study's experiment."""
+    tags: dict[str, str] = client_of(fake).get_experiment_by_name(f"ppc/{fake.name}").tags
+    return tags
+
+
+def test_the_page_has_views_of_what_was_sent_and_a_note_that_is_kept_current(
+    fake: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker, note = tracker_of(fake), live_note(fake.storage, fake.study)
+    tracker.sync(fake.rows, note=note(fake.rows))
+    tags = tags_of(fake)
+    assert tags["mlflow.note.content"].startswith("0 of 4 trials finished. No trial has a result yet.\n\n# Study demo")
+    assert tags["mlflow.experiment.primaryMetric.name"] == "final/mask_miou_train"
+    assert {name for name in tags if name.startswith("mlflow.sharedViewState.")} == {
+        "mlflow.sharedViewState.ppc-results", "mlflow.sharedViewState.ppc-trials",
+    }  # fmt: skip
+    for index in range(4):
+        fake.start(index)
+        fake.journal(index, range(2))
+        fake.finish(index, 0.5 + 0.1 * (index // 2))
+    tracker.sync(fake.rows, note=note(fake.rows))
+    tags = tags_of(fake)
+    assert tags["mlflow.note.content"].startswith("The best mean is that of prototype_top_k=4: 60.00 ± 0.00, +10.00")
+    assert {name.rpartition("-")[2] for name in tags if name.startswith("mlflow.sharedViewState.")} == {
+        "results", "trials", "classes", "cams", "training",
+    }  # fmt: skip
+
+    sent: list[str] = []
+    monkeypatch.setattr("mlflow.MlflowClient.set_experiment_tag", lambda self, number, name, value: sent.append(name))
+    tracker.sync(fake.rows, note=note(fake.rows))
+    tracker_of(fake).sync(fake.rows, final=True, note=note(fake.rows))
+    assert sent == []  # what is there is not sent again
+    (fake.storage.study("demo").path / "tracking.json").unlink()
+    tracker_of(fake).sync(fake.rows, final=True, note=note(fake.rows))
+    assert len(sent) == len(tags), "a tracker that lost its memory writes all of them again"
+
+
+def test_report_and_figures_are_attached(fake: FakeStudy, tmp_path: Path) -> None:
     report = tmp_path / "report.md"
     report.write_text("| variant | mIoU |\n")
     tracker = tracker_of(fake)
@@ -308,10 +348,6 @@ def test_report_is_attached_and_is_the_note(fake: FakeStudy, tmp_path: Path) -> 
     with Image.open(client.download_artifacts(parent.info.run_id, sent[1])) as image:
         assert image.size == (7, 5) and image.getpixel((3, 3)) == (1, 0, 9)
     assert [item.path for item in client.list_artifacts(parent.info.run_id, "report")] == ["report/report.md"]
-    note = client.get_experiment_by_name("ppc/demo").tags["mlflow.note.content"]
-    assert note.startswith("K of the prototypes") and "| variant | mIoU |" in note
-    tracker_of(fake).sync(fake.rows)
-    assert client.get_experiment_by_name("ppc/demo").tags["mlflow.note.content"] == note
 
 
 # -- one run a trial, true states
@@ -540,7 +576,7 @@ class Scripted:
     def __init__(self, act: Callable[[], None]) -> None:
         self.act, self.finals, self.files, self.closed = act, 0, list[Path](), False
 
-    def sync(self, rows: Sequence[TrialRow], *, final: bool = False) -> None:
+    def sync(self, rows: Sequence[TrialRow], *, final: bool = False, note: str = "") -> None:
         self.act()
         self.finals += final
 
@@ -627,9 +663,10 @@ def test_points_arrive_once_the_server_is_up_and_the_ui_serves_them(fake: FakeSt
                 with urllib.request.urlopen(address, timeout=10) as answer:
                     assert b"prototype_top_k" in answer.read()
             number = experiment_id(fake.storage, "demo", f"http://127.0.0.1:{port}")
-            assert study_link(server.url, number) == (
-                f"http://127.0.0.1:{port}/#/experiments/{number}/runs?workflowType=machine_learning"
-            )
+            assert server_version(server.url) == mlflow_module.__version__
+            found = links(server.url, fake.storage, "demo", f"http://127.0.0.1:{port}")
+            assert found["MLflow"].startswith(f"http://127.0.0.1:{port}/#/experiments/{number}/runs?")
+            assert "viewStateShareKey=ppc-results" in found["MLflow"], "this MLflow's views were not looked at yet"
             with pytest.raises(ValueError, match="--port"):
                 start_ui(fake.storage, port=port)
     assert server.process.poll() is not None
