@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STORAGE ?= ppc-storage
 
-.PHONY: setup demo test test-hosts soak bench test-fast check docs clean
+.PHONY: setup demo test test-hosts soak bench test-fast check docs screenshots debian clean
 setup: $(VENV)/.installed
 
 $(VENV)/.installed: pyproject.toml constraints.txt
@@ -38,6 +38,12 @@ check: setup ## ruff, mypy, import direction
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+debian: ## Debian's Chromium and TeX, for the tests of pages and of the LaTeX table, which else are skipped (root)
+	apt-get install -y -q --no-install-recommends chromium chromium-driver texlive-latex-base texlive-latex-recommended
+
+screenshots: setup ## docs/img/mlflow_*.png and report*.png, from generated numbers
+	PPC_SCREENSHOTS=docs/img $(BIN)/python -m pytest tests/test_browser.py
 
 docs: setup ## the site, from docs/ and the config models, into site/; open site/index.html
 	$(BIN)/python -m mkdocs build --strict
