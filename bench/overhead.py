@@ -21,7 +21,7 @@ import torch
 
 from ppc.artifacts import Storage, read_journal
 from ppc.config import TrialConfig
-from ppc.launch import define, save
+from ppc.definition import define, save
 from ppc.ledger import read_rows
 from ppc.loading import load_trial
 from ppc.optim import poly_lr, set_lr

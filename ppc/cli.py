@@ -88,7 +88,8 @@ def run(
 ) -> None:
     """Run one trial: a study of one row."""
     refuse_job_server(address, "ppc submit FILE")
-    from ppc.launch import Where, define
+    from ppc.definition import define
+    from ppc.launch import Where
     from ppc.loading import load_trial
     from ppc.study import TrialSpec
     from ppc.study_config import DesignConfig, StudyConfig, Variant
@@ -130,7 +131,8 @@ def study_launch(
     refuse_job_server(address, f"ppc submit {file}")
     from ppc.checks import check_trial
     from ppc.config import TrialConfig
-    from ppc.launch import Where, define, define_search
+    from ppc.definition import define, define_search
+    from ppc.launch import Where
     from ppc.loading import load_study
     from ppc.published import check_published
     from ppc.search import describe, shrunk, start

@@ -64,8 +64,8 @@ def resume_there(
     follow: bool,
 ) -> typer.Exit:
     """Send `ppc study resume` to a job server, print the job's id and, if asked, its log; the exit to raise."""
+    from ppc.definition import code_version
     from ppc.jobs import resubmit
-    from ppc.launch import code_version
     from ppc.pack import LaunchOptions
 
     options = LaunchOptions(max_concurrent=max_concurrent, tracking=tracking, code=code_version())
@@ -108,7 +108,7 @@ def submit(
 ) -> None:
     """Send a study to a cluster as a Ray job and print the job's id."""
     from ppc import jobs
-    from ppc.launch import code_version
+    from ppc.definition import code_version
     from ppc.pack import LaunchOptions
     from ppc.twins import twin_of
 

@@ -26,6 +26,7 @@ from ppc.html_charts import (
     score_charts,
 )
 from ppc.html_pictures import cam_pictures
+from ppc.latex import latex
 from ppc.ledger import TrialRow, read_rows, stopped_at
 from ppc.published import others_table
 from ppc.redact import without_secrets
@@ -76,6 +77,7 @@ def build_page(report: Report, storage: Storage) -> str:
         others=others_table(report.other_methods, report.published),
         remarks=remarks(report),
         sources=source_lines(report),
+        latex=latex(report),
         trials=trial_matrix(report, rows),
         charts=charts,
         losses=loss_charts(report, storage, rows),

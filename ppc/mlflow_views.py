@@ -199,6 +199,6 @@ def links(url: str, storage: Storage, study_name: str | None, uri: str) -> dict[
     launches = memory.get("launches", {})
     newest = launches.get(max(launches, default=""), {})
     if "file/report.html" in newest.get("sent", {}):
-        run = f"{base}/#/experiments/{quote(experiment)}/runs/{newest['id']}"
+        run = f"{base}/#/experiments/{quote(str(experiment))}/runs/{newest['id']}"
         found["its report"] = f"{run}/artifacts/report/report.html?{WORKFLOW}"
     return found

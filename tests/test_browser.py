@@ -18,7 +18,7 @@ from fake_study import CLASSES, FakeStudy
 from ppc.mlflow_embedded import start_ui
 from ppc.mlflow_server import default_uri, experiment_id, server_version
 from ppc.mlflow_views import links, study_link
-from ppc.report import live_note, report_of, write_report
+from ppc.report import build_report, latex, live_note, report_of, write_report
 from ppc.tracking import make_tracker
 
 pytest.importorskip("mlflow")
@@ -138,7 +138,9 @@ def test_the_matrix_of_classes_and_trials(page: Page, served: Served) -> None:
 def test_the_grid_of_cams(page: Page, served: Served) -> None:
     page.open(served.view("cams"))
     shows_all_trials(page, served)
-    drawn = "return [...document.querySelectorAll('img')].filter(i => i.naturalWidth > 0 && /artifact/.test(i.src)).length"
+    drawn = (
+        "return [...document.querySelectorAll('img')].filter(i => i.naturalWidth > 0 && /artifact/.test(i.src)).length"
+    )
     page.until("image names", lambda: "cam/2007_0" in page.text())
     page.until("pictures", lambda: page.run(drawn) >= 2)
     page.picture("mlflow_cams")
@@ -146,7 +148,10 @@ def test_the_grid_of_cams(page: Page, served: Served) -> None:
 
 def test_training_curves_are_grouped_by_variant(page: Page, served: Served) -> None:
     page.open(served.view("training"))
-    page.until("4 groups", lambda: page.text().count("Group: prototype_top_k") >= len(KS) or "Group by: ppc.variant" in page.text())
+    page.until(
+        "4 groups",
+        lambda: page.text().count("Group: prototype_top_k") >= len(KS) or "Group by: ppc.variant" in page.text(),
+    )
 
     def losses() -> list[list[float]]:
         return [trace["y"] for trace in traces(page, "scatter") if len(trace.get("y") or []) == STEPS]
@@ -191,7 +196,10 @@ def test_the_report_needs_no_network_and_says_nothing_to_the_console(report: Pag
     assert report.run("return document.querySelectorAll('#results tbody tr').length") == len(KS)
     values = report.run("return [...document.querySelectorAll('circle.seed')].map(c => Number(c.dataset.value))")
     assert sorted(values) == pytest.approx(sorted(served.mious))
-    assert report.run("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length") == 0
+    assert (
+        report.run("return performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).length")
+        == 0
+    )
     assert report.errors() == []
     report.picture("report")
 
@@ -214,6 +222,13 @@ def test_the_slider_changes_the_cam_by_mouse_and_by_keyboard(report: Page) -> No
     assert report.run("return document.getElementById('chosen').textContent") == "prototype_top_k=4"
     assert slider.get_attribute("aria-valuetext") == "prototype_top_k=4"
     report.picture("report_slider")
+
+
+def test_a_click_selects_the_latex_table(report: Page, served: Served) -> None:
+    report.driver.find_element("css selector", "details summary").click()
+    report.driver.find_element("id", "latex").click()
+    selected = report.run("return getSelection().toString()").strip()
+    assert selected == latex(build_report(served.fake.storage, "demo")).strip()
 
 
 def test_every_region_that_scrolls_can_be_reached_by_keyboard(report: Page) -> None:
@@ -250,5 +265,7 @@ def test_it_reads_on_a_phone_in_the_dark_and_printed(report: Page, tmp_path: Pat
     assert printed.startswith(b"%PDF") and len(printed) > 10_000
     report.tell("Emulation.setEmulatedMedia", media="print")
     assert report.run("return getComputedStyle(document.getElementById('slider')).display") == "none"
-    hidden = "return [...document.querySelectorAll('.row figure')].filter(f => getComputedStyle(f).display == 'none').length"
+    hidden = (
+        "return [...document.querySelectorAll('.row figure')].filter(f => getComputedStyle(f).display == 'none').length"
+    )
     assert report.run(hidden) == 0, "on paper all variants are shown"

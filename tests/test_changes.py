@@ -22,7 +22,8 @@ from ppc.artifacts import Storage, file_sha256, write_json
 from ppc.config import TrialConfig
 from ppc.data.labels import read_label_file
 from ppc.data.scenes import make_scenes
-from ppc.launch import Where, define_search, run_study
+from ppc.definition import define_search
+from ppc.launch import Where, run_study
 from ppc.ledger import FAILED, FINISHED, read_rows
 from ppc.methods import build_net
 from ppc.report import build_report
@@ -172,10 +173,10 @@ def test_a_study_of_a_version_that_did_not_tell(tmp_path: Path, monkeypatch: pyt
     raise_version(monkeypatch, "evaluate")
     with pytest.raises(ValueError, match="^prototype_top_k=4 s=0: the code of a stage, the data or the weights have"):
         run_study(storage, "k", HERE, QUIET)
-    drift = changes.look(ppc.launch.Planner(storage), study, {study["trials"][0]["key"]})
+    drift = changes.look(ppc.definition.Planner(storage), study, {study["trials"][0]["key"]})
     assert drift is not None
     after, keys = changes.accept(
-        ppc.launch.Planner(storage), study, {study["trials"][0]["key"]}, drift, code={"version": "9"}
+        ppc.definition.Planner(storage), study, {study["trials"][0]["key"]}, drift, code={"version": "9"}
     )
     assert keys == {after["trials"][0]["key"]} and "does not tell which" in changes.told(after)[0]
     assert after["trials"][0]["facts"]["stages"]["evaluate"] == 2
@@ -216,7 +217,7 @@ def test_a_search_does_not_go_on_with_other_code_unsaid(tmp_path: Path, monkeypa
     assert len(after["trials"]) == 3 and after["trials"][2]["facts"]["stages"]["evaluate"] == 2
     assert "0 trial(s) run as changed, 2 as before" in changes.told(after)[0]
     after["search"]["study"]["design"]["search"]["num_variants"] = 3  # it goes on once more, and all is known by now
-    assert changes.look(ppc.launch.Planner(storage), after, set()) is None
+    assert changes.look(ppc.definition.Planner(storage), after, set()) is None
 
 
 def test_a_launch_says_how_its_file_differs_before_it_runs(tmp_path: Path) -> None:

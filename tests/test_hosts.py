@@ -13,7 +13,8 @@ from hosts import Host, Hosts, missing
 from tiny_study import QUIET
 
 from ppc.artifacts import Storage, read_journal
-from ppc.launch import Where, run_study, save
+from ppc.definition import save
+from ppc.launch import Where, run_study
 from ppc.ledger import FAILED, FINISHED, TrialRow, read_rows
 from ppc.places import names_in
 

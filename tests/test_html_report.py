@@ -19,7 +19,7 @@ from ppc.artifacts import write_json
 from ppc.html_charts import HEIGHT_PX, MOST_POINTS, Chart, _binned, _means, axis_chart, score_charts
 from ppc.html_pictures import MOST_VARIANTS
 from ppc.html_report import build_page, confusions, page
-from ppc.report import build_report
+from ppc.report import build_report, latex
 
 VOID = {"meta", "link", "img", "input"}
 MIOUS = {0: (0.40, 0.42, 0.47), 4: (0.50, 0.53, 0.58), 32: (0.41, None, None)}  # K -> by seed
@@ -79,6 +79,11 @@ def fake(tmp_path: Path) -> FakeStudy:
 
 def parsed(study: FakeStudy) -> Page:
     return Page(build_page(build_report(study.storage, "demo"), study.storage))
+
+
+def test_the_latex_table_can_be_taken_from_the_page(fake: FakeStudy) -> None:
+    ((attributes, text),) = parsed(fake).all("pre", id="latex")
+    assert text == latex(build_report(fake.storage, "demo")).strip() and attributes["tabindex"] == "0"
 
 
 def test_it_is_whole_and_alone(fake: FakeStudy) -> None:

@@ -20,7 +20,8 @@ import ppc.local_study
 import ppc.stages
 from ppc.artifacts import Storage
 from ppc.checks import check_trial
-from ppc.launch import Where, command, define, launch_lock, run_study
+from ppc.definition import define
+from ppc.launch import Where, command, launch_lock, run_study
 from ppc.ledger import FAILED, FINISHED, KILLED, PENDING, RUNNING, read_rows
 from ppc.study import baseline, expand
 from ppc.study_config import StudyConfig

@@ -9,7 +9,8 @@ from rich.console import Console
 
 from ppc.artifacts import Storage
 from ppc.checks import check_trial
-from ppc.launch import Where, define, run_study
+from ppc.definition import define
+from ppc.launch import Where, run_study
 from ppc.ledger import FINISHED, read_rows
 from ppc.loading import load_study, load_trial
 from ppc.published import check_published

@@ -13,7 +13,8 @@ import ppc.local_study
 from ppc.artifacts import Storage
 from ppc.checks import check_trial
 from ppc.cli import app
-from ppc.launch import Where, define_search, run_study
+from ppc.definition import define_search
+from ppc.launch import Where, run_study
 from ppc.ledger import FAILED, FINISHED, PENDING, TrialRow, read_rows
 from ppc.loading import ConfigError, load_study
 from ppc.search import Search, next_round, results, start

@@ -11,7 +11,7 @@ from fake_study import FakeStudy
 
 from ppc.artifacts import Journal, StageDir, Storage, write_json
 from ppc.config import TrialConfig
-from ppc.launch import define
+from ppc.definition import define
 from ppc.ledger import FINISHED, INTERRUPTED, PENDING, STOPPED, counts, missing
 from ppc.report import build_report, cells, markdown
 from ppc.run_record import trial_tags

@@ -21,8 +21,8 @@ from ppc.cli import app
 from ppc.config import TrialConfig
 from ppc.data import VocLayout
 from ppc.data.labels import read_label_file
+from ppc.definition import define, save
 from ppc.figures import VOC_PALETTE, read_palette_png
-from ppc.launch import define, save
 from ppc.ledger import read_rows
 from ppc.loading import override_all
 from ppc.runtime import LocalRuntime

@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ppc.artifacts import Storage
 from ppc.checks import check_trial
-from ppc.launch import define, save
+from ppc.definition import define, save
 from ppc.study import baseline, expand
 from ppc.study_config import StudyConfig
 
