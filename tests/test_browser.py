@@ -19,6 +19,7 @@ from ppc.mlflow_embedded import start_ui
 from ppc.mlflow_server import default_uri, experiment_id, server_version
 from ppc.mlflow_views import links, study_link
 from ppc.report import build_report, latex, live_note, report_of, write_report
+from ppc.run_record import COLOURS
 from ppc.tracking import make_tracker
 
 pytest.importorskip("mlflow")
@@ -63,7 +64,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     tracker.attach(files)
     tracker.close()
     with start_ui(fake.storage) as server:
-        yield Served(fake, server.url, mious, next(path for path in files if path.suffix == ".html").local)
+        yield Served(fake, server.url, mious, next(Path(path) for path in files if path.suffix == ".html"))
 
 
 @pytest.fixture(scope="module")
@@ -95,26 +96,38 @@ def test_the_link_opens_on_the_answer_and_on_every_trial(page: Page, served: Ser
     shows_all_trials(page, served)
     assert "The best mean is that of prototype_top_k=32" in page.text() and "more than the noise" in page.text()
 
-    def points() -> list[tuple[float, float]]:
-        found = [trace for trace in traces(page, "scatter") if "markers" in str(trace.get("mode"))]
-        return sorted((float(x), float(y)) for trace in found for x, y in zip(trace["x"], trace["y"], strict=True))
+    def points() -> list[tuple[float, float, str]]:
+        """(K, mIoU, colour) of every point."""
+        return sorted(
+            (float(x), round(float(y), 4), str(colour))
+            for trace in traces(page, "scatter")
+            if trace.get("mode") == "markers"
+            for x, y, colour in zip(trace["x"], trace["y"], trace["marker"]["color"], strict=True)
+        )
 
-    expected = sorted((float(KS[i // len(SEEDS)]), miou) for i, miou in enumerate(served.mious))
-    page.until("a point a trial", lambda: points() == pytest.approx(expected))
-    colours = {
-        str(colour) for trace in traces(page, "scatter") for colour in [(trace.get("marker") or {}).get("color")]
-    }
-    assert len(colours) >= 1
+    expected = sorted(
+        (float(KS[i // len(SEEDS)]), miou, COLOURS[i // len(SEEDS)]) for i, miou in enumerate(served.mious)
+    )
+    page.until("a point a trial, in its variant's colour", lambda: points() == expected)
     page.picture("mlflow_results")
 
 
 def test_components_and_scores_have_their_values(page: Page, served: Served) -> None:
     page.open(served.view("results"))
     shows_all_trials(page, served)
-    page.run("[...document.querySelectorAll('*')].filter(e => e.scrollHeight > e.clientHeight + 50)"
-             ".forEach(e => e.scrollTo(0, 450))")  # fmt: skip
     page.until("parallel coordinates", lambda: "Parallel Coordinates" in page.text())
-    page.until("their lines", lambda: page.run("return document.querySelectorAll('.parcoords path').length") >= 12)
+    page.run(  # a chart is drawn when it comes into sight
+        "[...document.querySelectorAll('*')].filter(e => e.textContent == 'Parallel Coordinates')"
+        ".forEach(e => e.scrollIntoView())"
+    )
+    ink = (
+        "const c = document.querySelector('.parcoords canvas.foreground'); if (!c) return 0;"
+        "const rgba = [...c.getContext('2d').getImageData(0, 0, c.width, c.height).data];"
+        "return rgba.filter((v, i) => i % 4 == 3 && v).length"
+    )
+    page.until("a line a trial", lambda: page.run(ink) > 1000)
+    axes = page.run("return document.querySelector('.parcoords svg').textContent")
+    assert "prototype_top_k" in axes and "seed" in axes
     page.picture("mlflow_components")
 
 
@@ -232,13 +245,18 @@ def test_a_click_selects_the_latex_table(report: Page, served: Served) -> None:
 
 
 def test_every_region_that_scrolls_can_be_reached_by_keyboard(report: Page) -> None:
-    stops = report.run("return document.querySelectorAll('.scroll[tabindex=\"0\"], input').length")
+    stops = report.run(
+        "return document.querySelectorAll(':not(details) > .scroll[tabindex=\"0\"], input, summary').length"
+    )
     reached = set()
     for _ in range(stops + 2):
         report.driver.switch_to.active_element.send_keys("\ue004")  # Tab
-        reached.add(report.run("const e = document.activeElement; return e.id || e.getAttribute('aria-labelledby')"))
-    assert "variant" in reached and "table" in reached
-    assert len(reached - {None, ""}) >= stops
+        reached.add(
+            report.run(
+                "const e = document.activeElement; return e.id || e.getAttribute('aria-labelledby') || e.tagName"
+            )
+        )
+    assert reached >= {"variant", "table", "trials", "SUMMARY"} and len(reached - {"BODY"}) == stops
 
 
 def test_it_reads_on_a_phone_in_the_dark_and_printed(report: Page, tmp_path: Path) -> None:
