@@ -25,6 +25,7 @@ KNOWN = ("3.17",)  # versions of MLflow in whose UI the views were looked at (te
 TAG = "mlflow.sharedViewState."
 TAG_LIMIT = 20_000  # characters of an experiment's tag that MLflow keeps
 IMAGES = 30  # pictures of one view: the page loads them all
+HEIGHT_PX, TALL_PX = 360, 640  # of a chart, of a grid of pictures
 TRIALS_ONLY = "tags.`ppc.kind` = 'trial'"  # brings the children of a launch to the top level
 FIRST = "results"  # the view that a study's link opens
 MODES = {FIRST: "CHART", "classes": "ARTIFACT", "cams": "CHART", "training": "CHART"}  # beside the runs; else a table
@@ -115,6 +116,7 @@ def _charts(cards: Sequence[tuple[str, dict[str, Any]]], metrics: Sequence[str])
     """Charts in named sections, and all other metrics in closed sections below: the UI would open one for each."""
     titles = [title for title, _ in cards]
     sections = dict.fromkeys(titles)
+    grids = {title for title, card in cards if card["type"] == "IMAGE"}
     rest = dict.fromkeys(name.rpartition("/")[0] for name in sorted(metrics))
     names = [*sections, *(name for name in [*rest, "cam"] if name not in sections)]
     numbers = {name: _number("section", name) for name in names}
@@ -123,6 +125,7 @@ def _charts(cards: Sequence[tuple[str, dict[str, Any]]], metrics: Sequence[str])
             {
                 "uuid": numbers[name], "name": name, "display": name in sections, "isReordered": True,
                 "columns": min(3, max(1, titles.count(name))),
+                "cardHeight": TALL_PX if name in grids else HEIGHT_PX,
             }
             for name in names
         ],

@@ -16,6 +16,7 @@ FLAGS = (
     "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
     "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 )  # fmt: skip
+ASSISTANT = "[data-component-id='mlflow.assistant.chat_panel.close']"  # MLflow's chat, open at the first visit
 PATIENCE_S = 120.0  # a machine that is busy with other tests
 
 
@@ -72,6 +73,8 @@ class Page:
     def picture(self, name: str) -> None:
         """Keep a screenshot as PPC_SCREENSHOTS/NAME.png, where that folder is named (make screenshots)."""
         if folder := os.environ.get("PPC_SCREENSHOTS"):
+            self.run(f'document.querySelector("{ASSISTANT}")?.click()')
+            time.sleep(2.0)  # charts take the room
             self.driver.save_screenshot(str(Path(folder) / f"{name}.png"))
 
 

@@ -15,6 +15,13 @@ from ppc.ledger import TrialRow, read_rows
 CLASSES = ["background", "disc", "ring"]
 
 
+def blob(image: int, trial: int) -> Any:
+    """A picture (48,64,3) that is another one for each image and trial: a warm spot on a cold ground."""
+    y, x = np.mgrid[:48, :64]
+    heat = np.exp(-((y - 16 - 12 * image) ** 2 + (x - 20 - trial) ** 2) / (60 + 10 * trial))
+    return (255 * np.stack([heat, 0.4 * heat, 1 - heat], 2)).astype(np.uint8)
+
+
 class FakeStudy:
     """Variants K=0 and K=4 of two seeds each, all pending; methods move trials on."""
 
@@ -89,9 +96,7 @@ class FakeStudy:
         stage = self.storage.stage("make_seeds", entry["stages"][1]["key"])
         (stage.path / "overlays").mkdir(parents=True, exist_ok=True)
         for i in range(overlays):
-            Image.fromarray(np.full((8, 12, 3), 40 * i + index, np.uint8)).save(
-                stage.path / "overlays" / f"2007_{i}.png"
-            )
+            Image.fromarray(blob(i, index)).save(stage.path / "overlays" / f"2007_{i}.png")
         stage.finish({}, wall_s=10.0)
         stages = [{"name": s["name"], "key": s["key"], "reused": False, "wall_s": wall_s / 2} for s in entry["stages"]]
         result = {
