@@ -15,6 +15,7 @@ from rich.console import Console
 from tiny_study import QUIET, make_study
 from typer.testing import CliRunner
 
+import ppc.definition
 import ppc.launch
 import ppc.stages
 from ppc import changes, cli
@@ -85,7 +86,7 @@ def test_a_changed_stage_is_told_taken_and_recorded(tmp_path: Path, monkeypatch:
     storage = Storage(tmp_path)
     before = half_done(storage)
     raise_version(monkeypatch, "make_seeds")
-    monkeypatch.setattr(ppc.launch, "code_version", lambda: {"version": "9", "commit": "b" * 40, "dirty": False})
+    monkeypatch.setattr(ppc.definition, "code_version", lambda: {"version": "9", "commit": "b" * 40, "dirty": False})
     words = refused(storage)
     assert "  stage make_seeds: version 1 -> 2\n" in words and "code: commit" in words and f"-> {'b' * 12}" in words
     after = taken(storage, before, runtime=["runtime.log_every_steps=3"])
@@ -202,7 +203,7 @@ def test_a_search_does_not_go_on_with_other_code_unsaid(tmp_path: Path, monkeypa
     }  # fmt: skip
     study, storage = StudyConfig.model_validate(raw), Storage(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(ppc.launch, "_next_round", lambda *rest: [])  # as if killed between two rounds
+        patch.setattr(ppc.launch, "next_round_of", lambda *rest: [])  # as if killed between two rounds
         assert run_study(storage, "k", HERE, QUIET, define_search(study, shared_base(study, twin="tiny"), storage)) == 0
     before = saved(storage)
     assert len(before["trials"]) == 2

@@ -21,7 +21,8 @@ from ppc import mlflow_embedded, tracking
 from ppc.artifacts import Storage
 from ppc.exposure import reached_at
 from ppc.mlflow_embedded import LaunchServer, running, server_of_launch, start_ui
-from ppc.mlflow_server import artifact_place, default_database, default_uri, experiment_id, made_ms
+from ppc.mlflow_server import artifact_place, default_database, default_uri, experiment_id, made_ms, server_version
+from ppc.mlflow_views import study_link
 from ppc.places import read_bytes
 from ppc.tracking import make_tracker
 
@@ -97,7 +98,8 @@ def test_a_launch_has_a_server_that_a_kill_takes_along(tmp_path: Path, template:
         number = experiment_id(storage, "k", default_uri(storage))
         (link,) = links
         url, by = running(storage) or ("", "")
-        assert link == f"MLflow: {url}/#/experiments/{number}/runs?workflowType=machine_learning" and by == "launch"
+        assert link == f"MLflow: {study_link(url, number, server_version(url))}" and by == "launch"
+        assert f"/#/experiments/{number}/runs?" in link and "viewStateShareKey=ppc-results" in link
         port = urlsplit(url).port
         assert port is not None and reached_at(port) == [], "it listens at loopback only"
         assert storage.stage("train_cam", key).path.joinpath("journal.jsonl").stat().st_size > 0, "training waited"

@@ -10,7 +10,7 @@ import pytest
 from fake_study import FakeStudy
 from PIL import Image
 
-from ppc import cli, mlflow_embedded, tracking
+from ppc import cli, cli_ui, mlflow_embedded, tracking
 from ppc.artifacts import now_ms
 from ppc.launch import launch_lock
 from ppc.ledger import STALE_S
@@ -140,13 +140,13 @@ def test_ui_ends_the_dead_before_it_serves(
             return 0
 
     monkeypatch.setattr(mlflow_embedded, "start_ui", lambda *words: Server())
-    cli.ui("one", str(one.storage.root))
+    cli_ui.ui("one", str(one.storage.root))
     assert seen == [{"prototype_top_k=0 s=0": "KILLED", "one launch 001": "KILLED"}]
     shutil.rmtree(one.storage.root / "mlflow")
     (one.storage.root / "mlflow").write_text("MLflow cannot be had")
     memory = one.storage.study("one").path / "tracking.json"
     memory.write_text(memory.read_text().replace('"ended"', '"other"'))
-    cli.ui("one", str(one.storage.root))
+    cli_ui.ui("one", str(one.storage.root))
     assert len(served) == 2 and "may be shown as running that are not" in capsys.readouterr().out
 
 
