@@ -10,14 +10,17 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
+from ppc.data.scene_draw import draw_scene
+from ppc.data.voc import VocLayout
 from ppc.runtime import prepare_process
 
 MIB = 2**20
-VOC_HW = (375, 500)  # pixels of a usual image of VOC 2012
+VOC_WIDTH = 500  # pixels
 
 
 def waves(num: int, h: int, w: int) -> Tensor:
@@ -28,27 +31,29 @@ def waves(num: int, h: int, w: int) -> Tensor:
     return (0.35 * smooth + 0.3 * steps + 0.35).clamp(0, 1)
 
 
-def picture(h: int, w: int, seed: int) -> Any:
-    """A generated uint8 image (h,w,3): waves of three colours under noise, about as large in JPEG as a photograph."""
-    gen = torch.Generator().manual_seed(seed)
-    noise = torch.randn(3, h // 2 + 1, w // 2 + 1, generator=gen).repeat_interleave(2, 1).repeat_interleave(2, 2)
-    value = 230 * waves(3, h, w).roll(17 * seed, -1) + 9 * noise[:, :h, :w]
-    return value.clamp(0, 255).byte().permute(1, 2, 0).numpy()
+def scene(number: int, width: int = VOC_WIDTH) -> tuple[Any, Any]:
+    """A generated image (h,w,3) and its mask (h,w), uint8, h being 3/4 of w: 375 x 500 pixels is VOC's usual size."""
+    drawn = draw_scene(np.random.default_rng(number), num_classes=12, image_px=width, first_class=number % 12)
+    upright = drawn.mask_HW.shape[0] > drawn.mask_HW.shape[1]
+    image, mask = (x.swapaxes(0, 1) if upright else x for x in (drawn.image_HW3, drawn.mask_HW))
+    return np.ascontiguousarray(image[: width * 3 // 4]), np.ascontiguousarray(mask[: width * 3 // 4])
 
 
-def write_voc(root: Path, num_images: int, size: tuple[int, int]) -> None:
-    """A folder in the VOC layout with JPEGs and masks of two classes each, GENERATED; split `train`."""
+def write_voc(root: Path, num_images: int, width: int = VOC_WIDTH) -> VocLayout:
+    """A dataset of such scenes in the VOC layout; split `train`."""
     lists = root / "ImageSets" / "Segmentation"
     for folder in (lists, root / "JPEGImages", root / "SegmentationClass"):
         folder.mkdir(parents=True)
-    ids = [f"2007_{number:06d}" for number in range(num_images)]
-    (lists / "train.txt").write_text("".join(f"{name}\n" for name in ids))
-    for number, name in enumerate(ids):
-        Image.fromarray(picture(*size, seed=number)).save(root / "JPEGImages" / f"{name}.jpg", quality=92)
-        first, second = waves(2, *size).roll(23 * number, -1)
-        mask = torch.where(first > 0.6, 1 + number % 20, torch.where(second > 0.7, 1 + (number + 7) % 20, 0))
-        mask[:: size[0] // 4] = 255
-        Image.fromarray(mask.byte().numpy()).save(root / "SegmentationClass" / f"{name}.png")
+    names = [f"2007_{number:06d}" for number in range(num_images)]
+    (lists / "train.txt").write_text("".join(f"{name}\n" for name in names))
+    tags = {}
+    for number, name in enumerate(names):
+        image, mask = scene(number, width)
+        Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg", quality=95)
+        Image.fromarray(mask).save(root / "SegmentationClass" / f"{name}.png")
+        tags[name] = np.isin(np.arange(1, 21), mask).astype(np.float32)
+    np.save(root / "cls_labels.npy", np.array(tags, dtype=object))
+    return VocLayout(root)
 
 
 def cpu_ms(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:

@@ -1,6 +1,6 @@
 """The whole background-score curve from CAM files: ours in one pass against one pass a score.
 
-    python bench/curve.py [--images 200] [--size 375 500]
+    python bench/curve.py [--images 200]
 
 Both sides read GENERATED CAM files of two classes and masks. The reference is METHOD 12 word for word: for each of 60
 scores, each file is read, stacked into 21 maps with the score as background, and its argmax counted class by class. It
@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from common import VOC_HW, cpu_ms, head, peak_mib, row, start, waves, write_voc
+from common import VOC_WIDTH, cpu_ms, head, peak_mib, row, start, waves, write_voc
 
 from ppc.data import Dataset
 from ppc.data.voc import VocLayout
@@ -26,13 +26,12 @@ TRAIN_IMAGES = 1464  # VOC 2012's train split
 C = 21
 
 
-def write_cams(root: Path, dataset: Dataset) -> None:
-    """`cams/ID.npz` of every image: two smooth maps of its own classes."""
-    (root / "cams").mkdir()
-    for number, image_id in enumerate(dataset.ids("train")):
-        keys = np.flatnonzero(dataset.image_label(image_id, split="train"))
-        cam_KHW = waves(len(keys), *dataset.image_size(image_id)).roll(31 * number, -1).numpy()
-        np.savez(root / "cams" / f"{image_id}.npz", keys=keys, cam=cam_KHW)
+def write_cams(folder: Path, ids: Sequence[str], width: int = VOC_WIDTH) -> None:
+    """`cams/ID.npz` of every image: two smooth maps of classes that go round."""
+    (folder / "cams").mkdir(parents=True)
+    for number, image_id in enumerate(ids):
+        cam_KHW = waves(2, width * 3 // 4, width).roll(31 * number, -1).numpy()
+        np.savez(folder / "cams" / f"{image_id}.npz", keys=np.array([number % 12, 12 + number % 8]), cam=cam_KHW)
 
 
 def ours(root: Path, dataset: Dataset, ids: Sequence[str]) -> Floats:
@@ -81,14 +80,12 @@ def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=200)
-    parser.add_argument("--size", type=int, nargs=2, default=VOC_HW, help="height and width of an image")
     given = parser.parse_args()
-    start(f"Background-score curve, {given.images} CAM files of {given.size[0]} x {given.size[1]}, 60 scores")
+    start(f"Background-score curve, {given.images} CAM files of 375 x 500, 60 scores")
     with tempfile.TemporaryDirectory(prefix="ppc-bench-") as folder:
         root = Path(folder) / "voc"
-        write_voc(root, given.images, tuple(given.size))
-        dataset = VocLayout(root)
-        write_cams(root, dataset)
+        dataset = write_voc(root, given.images)
+        write_cams(root, dataset.ids("train"))
         ids, few = dataset.ids("train"), dataset.ids("train")[: max(1, given.images // 100)]
         ours_ms = cpu_ms([lambda: ours(root, dataset, ids)], 3)[0] / len(ids)
         loop_ms = cpu_ms([lambda: reference(root, dataset, few)], 0)[0] / len(few)
