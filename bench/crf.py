@@ -1,6 +1,6 @@
 """The dense CRF of a seed: all 21 labels, against those that occur and one for all the others; and over two processes.
 
-    python bench/crf.py [--images 12] [--repeats 3]
+    python bench/crf.py [--images 24] [--repeats 3]
 
 The first table is one image of 375 x 500 with two classes, 10 iterations of PPC's setting. `occurring and one` is what
 stage refine_crf runs (the argument is in RESULTS.md), `occurring alone` leaves the others out. The second table is that

@@ -1,6 +1,6 @@
 """Multi-scale CAM inference of an image: ours against eight forwards, one by one.
 
-    python bench/inference.py [--repeats 3]
+    python bench/inference.py [--repeats 1]
 
 SEAM's net with random weights on two backbones, scales 0.5, 1, 1.5 and 2, each with its mirror, two classes. The
 reference is METHOD 4.3 as the official code goes through it: a forward for each of the eight views, and all maps merged
@@ -65,7 +65,7 @@ def reference(net: CamNet, views: Sequence[Tensor], size: tuple[int, int]) -> An
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1)
     repeats = parser.parse_args().repeats
     start("Multi-scale CAM of an image, SEAM")
     head("backbone", "image", "one by one, images/s", "ours, images/s", "ratio", "target", "largest difference")
