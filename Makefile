@@ -27,7 +27,13 @@ soak: setup ## 60 trials under random kills of their processes and of the launch
 	$(BIN)/python -m pytest -m soak -s
 
 bench: setup ## what is measured on CPUs, as ratios in one run; bench/RESULTS.md keeps what was measured
+	$(BIN)/python bench/contrast.py
+	$(BIN)/python bench/curve.py
 	$(BIN)/python bench/walks.py
+	$(BIN)/python bench/pcm.py
+	$(BIN)/python bench/crf.py
+	$(BIN)/python bench/inference.py
+	$(BIN)/python bench/inputs.py
 	$(BIN)/python bench/overhead.py
 
 test-fast: setup ## without the tests that start Ray or take long

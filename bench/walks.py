@@ -19,12 +19,11 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from common import MIB, waves
 from torch import Tensor
 
 from ppc.affinity import Transition, affinity_transition, pair_affinity, random_walk
 from ppc.boundaries import boundary_transition
-
-MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -36,14 +35,6 @@ class Case:
     log2_steps: int
     step: Callable[[int, int], Transition]
     dense_share: float  # of both sides of the grid
-
-
-def waves(num: int, h: int, w: int) -> Tensor:
-    """Smooth maps (num,h,w) in [0, 1] with a few edges, from no generator."""
-    n, y, x = torch.arange(num)[:, None, None], torch.arange(h)[None, :, None], torch.arange(w)[None, None]
-    smooth = torch.sin(0.05 * (n + 1) * x + 0.9 * n) * torch.cos(0.07 * (n + 2) * y - 0.4 * n)
-    steps = ((x + 2 * y + 7 * n) // 20 % 2).float()
-    return (0.35 * smooth + 0.3 * steps + 0.35).clamp(0, 1)
 
 
 def psa_step(h: int, w: int) -> Transition:

@@ -36,11 +36,11 @@ class Normalisation:
     def apply(self, image_HW3: np.ndarray[Any, Any]) -> Tensor:
         """RGB image (H, W, 3) with values 0..255 -> float32 (3, H, W)."""
         assert image_HW3.ndim == 3 and image_HW3.shape[2] == 3, f"expected (H, W, 3), got {image_HW3.shape}"
-        x_HW3 = torch.from_numpy(np.array(image_HW3, dtype=np.float32))
+        x_3HW = torch.from_numpy(np.array(image_HW3.transpose(2, 0, 1), dtype=np.float32, order="C"))
         if self.bgr:
-            x_HW3 = x_HW3.flip(2)
-        x_HW3 = (x_HW3 / self.scale - torch.tensor(self.mean)) / torch.tensor(self.std)
-        return x_HW3.permute(2, 0, 1).contiguous()
+            x_3HW = x_3HW.flip(0)
+        mean_311, std_311 = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        return (x_3HW / self.scale - mean_311) / std_311
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for a checkpoint or a JSON file."""

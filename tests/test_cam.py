@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import golden
 from torch import Tensor
 
+import ppc.cam
 from ppc.cam import (
     fill_background,
     foreground,
@@ -95,6 +96,20 @@ def test_pcm_equals_its_loop_and_its_gradient_is_right():
                 want = sum(w * float(cam[n, c].flatten()[i]) for i, w in enumerate(weight)) / (sum(weight) + 1e-5)
                 assert float(out[n, c].flatten()[j]) == pytest.approx(want, rel=1e-12)
     assert torch.autograd.gradcheck(lambda f: pcm(cam, f), feature)
+
+
+@pytest.mark.parametrize("block", [1, 30, 100])
+def test_pcm_in_blocks_is_the_whole(monkeypatch, block):
+    gen = torch.Generator().manual_seed(4)
+    cam, feature = torch.rand(2, 4, 5, 6, generator=gen), torch.randn(2, 7, 5, 6, generator=gen)
+    whole = pcm(cam, feature.clone().requires_grad_())
+    columns = []
+    monkeypatch.setattr("ppc.cam.PCM_BLOCK", block)
+    monkeypatch.setattr("ppc.cam._spread", lambda *a, f=ppc.cam._spread: columns.append(a[2].shape[2]) or f(*a))
+    torch.testing.assert_close(pcm(cam, feature), whole.detach(), rtol=1e-6, atol=1e-7)
+    assert columns == {1: [1] * 30, 30: [1] * 30, 100: [3] * 10}[block], "a block holds no more than it may"
+    pcm(cam, feature.clone().requires_grad_())
+    assert columns[-1] == 30, "with a gradient all columns are kept anyway"
 
 
 def test_max_norm_gradient():
