@@ -39,6 +39,7 @@ from ppc.twins import name_of
 # The driver of a study belongs on the head, and takes no CPU from the trials.
 ON_HEAD = {"node:__internal_head__": 0.001}
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
+ANSWER = "ppc-answer"  # the line after which the log of a question is its answer
 MAX_BROKEN = 5  # connections in a row that break while a log is followed
 
 
@@ -118,28 +119,26 @@ def ask(
     None). `say` gets the text in pieces, as it comes. It takes the seconds that a process and its imports take there.
     """
     server = _Server(address)
-    entry = "exec " + shlex.join([*words, "--storage", shared_storage(storage or server.last_storage(study))])
+    asked = shlex.join([*words, "--storage", shared_storage(storage or server.last_storage(study))])
+    entry = f"echo {ANSWER}; exec {asked}"  # Ray's own line of the command can come after what a quick one prints
     # The head's own PPC_ADDRESS must not make it ask itself; tables are as wide as this terminal.
     env = {**JOB_ENV, "PPC_ADDRESS": "", "COLUMNS": str(shutil.get_terminal_size((160, 24)).columns)}
     with packed(None, []) as (folder, _):
         job_id = server.post(entry, folder, env, {"ppc_question": study or ""})
-    first = f"Running entrypoint for job {job_id}: {entry}\n"
-    text, said = "", False
+    told, first, text, said = f"Running entrypoint for job {job_id}: {entry}\n", f"\n{ANSWER}\n", "\n", 0
     try:
         for piece in server.follow(job_id):
-            text += piece
-            if said:
-                say(piece)
-            elif first in text:
-                said = True
-                say(text.partition(first)[2])
+            text = (text + piece).replace(told, "")
+            answer = text.partition(first)[2]
+            say(answer[said:])
+            said = len(answer)
     except BaseException:  # an interrupt here must not leave a `--watch` running there
         with suppress(Exception):
             server.call("stop_job", job_id)
         raise
     job = server.job(job_id)
     if job.exit_code is None:
-        raise ValueError(f"the cluster could not run `{entry}`: {job.message or job.status}")
+        raise ValueError(f"the cluster could not run `{asked}`: {job.message or job.status}")
     return text.partition(first)[2], job.exit_code
 
 

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import psutil
 import pytest
 
+from ppc import jobs
 from ppc.artifacts import Storage, read_journal
 from ppc.jobs import ask, find_jobs, logs, resubmit, status, stop, submit
 from ppc.ledger import FINISHED, KILLED, read_rows
@@ -328,6 +329,33 @@ def command(head: str, *words: str) -> tuple[str, int]:
     done = subprocess.run([ppc, *words, "--address", head], capture_output=True, text=True, timeout=200)
     assert not done.stderr, done.stderr
     return done.stdout, done.returncode
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_an_answer_is_whole_wherever_ray_writes_its_own_line(late: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Head:
+        entry = ""
+
+        def __init__(self, address: str) -> None:
+            pass
+
+        def post(self, entry: str, *rest: object) -> str:
+            Head.entry = entry
+            return "j1"
+
+        def follow(self, job_id: str) -> Iterator[str]:
+            told = f"Running entrypoint for job j1: {self.entry}\n"
+            yield "Runtime env is setting up.\n" + told * (not late)
+            yield "ppc-answer\none\n"
+            yield told * late + "two\n"
+
+        def job(self, job_id: str) -> jobs.Job:
+            return jobs.Job("j1", "none", "FAILED", "/s", "", 3, 0, 1)
+
+    monkeypatch.setattr(jobs, "_Server", Head)
+    said: list[str] = []
+    assert ask("none", "http://h:1", ["ppc", "x y"], storage="/s", say=said.append) == ("one\ntwo\n", 3)
+    assert "".join(said) == "one\ntwo\n" and Head.entry == "echo ppc-answer; exec ppc 'x y' --storage /s"
 
 
 @pytest.mark.ray
