@@ -96,5 +96,9 @@ def _protocol(row: TrialRow, split: str | None) -> str:
         return f"best_on_train: the best one for the masks of {judge}{same}"
     if protocol == "val_subset":
         images, drawn = seeds.get("val_subset_images"), seeds.get("val_subset_split")
+        there = (row.result or {}).get("counts", {}).get(drawn)
+        if there is not None and images is not None and there <= images:  # all of them are drawn
+            same = ", the very masks that the metric is measured on" if drawn == split else ""
+            return f"val_subset: the best one for all {there} masks of {drawn}{same}"
         return f"val_subset: the best one for the masks of {images} images drawn from {drawn}"
     return str(protocol)

@@ -242,6 +242,24 @@ def test_durations(seconds: float | None, text: str) -> None:
     assert duration(seconds) == text
 
 
+@pytest.mark.parametrize(
+    ("images", "told"),
+    [
+        (50, "val_subset: the best one for the masks of 50 images drawn from train"),
+        (1464, "val_subset: the best one for all 240 masks of train, the very masks that the metric is measured on"),
+    ],
+)
+def test_a_subset_that_is_the_whole_split_is_called_so(images: int, told: str, tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    for index, entry in enumerate(study.study["trials"]):
+        entry["config"]["seeds"] |= {"protocol": "val_subset", "val_subset_split": "train", "val_subset_images": images}
+        study.finish(index, 0.5)
+        path = study.storage.trial(entry["key"]).path / "result.json"
+        write_json(path, {**json.loads(path.read_text()), "protocol": "val_subset"})
+    write_json(study.storage.study("demo").path / "study.json", study.study)
+    assert dict(build_report(study.storage, "demo").header)["background score"] == told
+
+
 def test_protocol_of_a_fixed_score_gives_the_score(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     for entry in study.study["trials"]:
