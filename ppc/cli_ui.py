@@ -20,11 +20,14 @@ def _say(text: str) -> None:
 
 def _show(url: str, storage: Any, study: str | None, uri: str, open_it: bool) -> None:
     """Print the link of a study, or of the UI, on the server at `url`; with `open_it` a browser opens it."""
+    from ppc.mlflow_server import experiment_id
     from ppc.mlflow_views import links
 
     found = links(url, storage, study, uri)
     for name, link in found.items():
         _say(f"{name}: {link}")
+    if study is not None and experiment_id(storage, study, uri) is None:
+        _say(f"nothing of {study} is in this MLflow: ppc sync {study} sends it")
     if open_it and not webbrowser.open(next(iter(found.values()))):
         _say("no browser could be opened here: open the link yourself")
 

@@ -14,12 +14,12 @@ from ppc.artifacts import Storage, read_journal
 from ppc.ledger import TrialRow, stage_dirs
 from ppc.published import is_iou
 from ppc.report_table import Report
+from ppc.run_record import NO_LOSS
 
 WIDTH_PX, HEIGHT_PX = 480, 280  # of the viewBox; the page scales it
 LEFT_PX, RIGHT_PX, TOP_PX, BOTTOM_PX = 52, 12, 12, 46
 MOST_POINTS = 120  # of a curve
 MOST_TICKS = 8  # that are named
-NO_LOSS = ("lr", "epoch", "silent_share", "bg_share", "steps_per_s")  # what a journal has beside losses
 
 
 @dataclass(frozen=True)

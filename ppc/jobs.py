@@ -130,16 +130,19 @@ def ask(
         for piece in server.follow(job_id):
             text = (text + piece).replace(told, "")
             answer = text.partition(first)[2]
-            say(answer[said:])
-            said = len(answer)
+            whole = answer[: answer.rfind("\n") + 1]  # the rest may be the beginning of Ray's line
+            say(whole[said:])
+            said = max(said, len(whole))
     except BaseException:  # an interrupt here must not leave a `--watch` running there
         with suppress(Exception):
             server.call("stop_job", job_id)
         raise
+    answer = text.partition(first)[2]
+    say(answer[said:])
     job = server.job(job_id)
     if job.exit_code is None:
         raise ValueError(f"the cluster could not run `{asked}`: {job.message or job.status}")
-    return text.partition(first)[2], job.exit_code
+    return answer, job.exit_code
 
 
 def logs(job_id: str, address: str, *, follow: bool = False) -> Iterator[str]:

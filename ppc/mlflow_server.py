@@ -8,10 +8,12 @@ import re
 import sqlite3
 import urllib.error
 import urllib.request
+from base64 import b64encode
 from contextlib import closing
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from ppc.artifacts import Storage, read_json
 from ppc.redact import safe_uri, without_secrets
@@ -119,6 +121,9 @@ def sent_to(storage: Storage, study_name: str, uri: str) -> dict[str, Any]:
     """What the tracker remembers of a study at a tracking URI; empty when nothing was sent there."""
     memory = read_json(storage.study(study_name).path / "tracking.json") or {}
     found: dict[str, Any] = memory.get(safe_uri(uri), {})
+    if not found and uri == default_uri(storage):  # its own database, before the storage was moved
+        own = (name for name in memory if name.startswith("sqlite:") and name.endswith("/mlflow/mlflow.db"))
+        found = memory.get(next(own, ""), {})
     return found
 
 
@@ -156,9 +161,20 @@ def probe(uri: str, timeout_s: float = 3.0) -> None:
 
 
 def server_version(url: str, timeout_s: float = 3.0) -> str | None:
-    """The version of the MLflow server at an address, such as 3.17.2; None when it does not say."""
+    """The version of the MLflow server at an address, such as 3.17.2; None when it does not say.
+
+    A login is that of the address, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+    """
+    parts = urlsplit(url)
+    user = unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    request = urllib.request.Request(f"{safe_uri(url).rstrip('/')}/version")
+    if user:
+        request.add_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
+    own = parts.hostname in ("localhost", "127.0.0.1", "::1")  # a proxy knows nothing of this machine's ports
+    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if own else []))
     try:
-        with urllib.request.urlopen(f"{safe_uri(url)}/version", timeout=timeout_s) as answer:
+        with opener.open(request, timeout=timeout_s) as answer:
             found = answer.read(100).decode(errors="replace").strip()
     except (OSError, http.client.HTTPException):
         return None

@@ -19,13 +19,14 @@ from uuid import NAMESPACE_URL, uuid5
 from ppc.artifacts import Storage
 from ppc.mlflow_server import sent_to, server_version
 from ppc.redact import safe_uri
-from ppc.run_record import metric_name
+from ppc.run_record import NO_LOSS, metric_name
 
 KNOWN = ("3.17",)  # versions of MLflow in whose UI the views were looked at (tests/test_browser.py)
 TAG = "mlflow.sharedViewState."
 TAG_LIMIT = 20_000  # characters of an experiment's tag that MLflow keeps
 IMAGES = 30  # pictures of one view: the page loads them all
 HEIGHT_PX, TALL_PX = 360, 640  # of a chart, of a grid of pictures
+PAGE_RUNS = 100  # that the page loads at once
 TRIALS_ONLY = "tags.`ppc.kind` = 'trial'"  # brings the children of a launch to the top level
 FIRST = "results"  # the view that a study's link opens
 MODES = {FIRST: "CHART", "classes": "ARTIFACT", "cams": "CHART", "training": "CHART"}  # beside the runs; else a table
@@ -53,32 +54,38 @@ class SavedView:
 
 
 def saved_views(
-    factors: Sequence[str], metric: str, metrics: Sequence[str], images: Sequence[str], base_ms: int
+    factors: Sequence[str], metric: str, metrics: Sequence[str], images: Sequence[str], num_trials: int, base_ms: int
 ) -> dict[str, str]:
     """(tag, value) of all views of a study, in the order of the menu.
 
     `factors` are its axes and `metric` its deciding one, as the study names them; `metrics` and `images` are the names
     under which MLflow has values and pictures of its trials now. A view that does not fit into a tag is left out.
     """
-    views = views_of(factors, metric, metrics, images)
+    views = views_of(factors, metric, metrics, images, num_trials)
     tags = {view.tag: view.value(base_ms + len(views) - place) for place, view in enumerate(views)}
     return {tag: value for tag, value in tags.items() if len(value) <= TAG_LIMIT}
 
 
-def views_of(factors: Sequence[str], metric: str, metrics: Sequence[str], images: Sequence[str]) -> list[SavedView]:
+def views_of(
+    factors: Sequence[str], metric: str, metrics: Sequence[str], images: Sequence[str], num_trials: int
+) -> list[SavedView]:
     """The views; those without anything to show are left out. See `saved_views`."""
     params = [metric_name(name) for name in factors]
-    decides = f"final/{metric}"
+    decides = metric_name(f"final/{metric}")
     finals = [decides, *sorted(name for name in metrics if name.startswith("final/") and name != decides)]
     costs = sorted(name for name in metrics if name.startswith("cost/") and not name.endswith("_s"))
-    curves = sorted(name for name in metrics if name.startswith(("train/", "val/")))
+    curves = sorted(
+        (name for name in metrics if name.startswith(("train/", "val/")) and name.partition("/")[2] not in NO_LOSS),
+        key=lambda name: (not name.endswith("/loss"), name),
+    )
     scores = sorted(name for name in metrics if name.startswith("curve/"))
     columns = [
         *(_column("params", name) for name in [*params, "seed"]),
         *(_column("metrics", name) for name in [*finals, "cost/wall_s", *costs]),
         *(_column("tags", name) for name in ("ppc.state", "ppc.attempt", "ppc.error")),
     ]
-    order = {"orderByKey": _column("metrics", decides), "orderByAsc": False}
+    best_first = {"orderByKey": _column("metrics", decides), "orderByAsc": False}
+    order = best_first if num_trials <= PAGE_RUNS else {}  # else a chart would have the best alone
     table = {**order, "selectedColumns": columns}
     results = [
         *(("against its axes", _scatter(name, decides)) for name in params),
@@ -200,8 +207,9 @@ def links(url: str, storage: Storage, study_name: str | None, uri: str) -> dict[
     experiment = memory.get("experiment")
     found = {"MLflow": study_link(base, experiment, server_version(url))}
     launches = memory.get("launches", {})
-    newest = launches.get(max(launches, default=""), {})
-    if "file/report.html" in newest.get("sent", {}):
+    told = [one for _, one in sorted(launches.items()) if "file/report.html" in one["sent"] and not one["deleted"]]
+    if told:
+        newest = told[-1]
         run = f"{base}/#/experiments/{quote(str(experiment))}/runs/{newest['id']}"
         found["its report"] = f"{run}/artifacts/report/report.html?{WORKFLOW}"
     return found

@@ -169,14 +169,32 @@ def verdict(report: Report) -> list[str]:
         return []
     figures = spread(best.mean, best.std, report.metric)
     if best.baseline:
-        return [f"The best mean is the baseline's, {best.variant}: {figures}."]
+        return [f"The best mean is the baseline's, {best.variant}: {figures}.{_beaten(report)}"]
     said = f"The best mean is that of {best.variant}: {figures}"
     if best.diff_mean is not None:
-        said += f", {spread(best.diff_mean, best.diff_std, report.metric, sign=True)} over the baseline"
+        difference = spread(best.diff_mean, best.diff_std, report.metric, sign=True)
+        if best.diff_mean < 0:  # its seeds are others than those of the baseline
+            return [f"{said}, but of other seeds than the baseline's: over those that both have it is {difference}."]
+        said += f", {difference} over the baseline"
     if best.test is None or best.test.p_holm is None:
         return [f"{said}. There is no test of it, so it cannot be told from noise."]
     told = "more than the noise of the seeds" if best.test.stars else "not told from the noise of the seeds"
     return [f"{said}: {told} (p {p_text(best)})."]
+
+
+def _beaten(report: Report) -> str:
+    """Of which variants the tests tell that they are worse than the baseline, which has the best mean."""
+    tests = {line.variant: line.test for line in report.lines if not line.baseline and line.mean is not None}
+    if not tests:
+        return ""
+    if all(test is None or test.p_holm is None for test in tests.values()):
+        return " There is no test of the others, so they cannot be told from noise."
+    worse = [variant for variant, test in tests.items() if test is not None and test.stars]
+    if not worse:
+        return " No variant can be told from it by more than the noise of the seeds."
+    return f" More than the noise of the seeds below it: {', '.join(worse)}" + (
+        "; no other." if len(worse) < len(tests) else "."
+    )
 
 
 def remarks(report: Report) -> list[str]:

@@ -102,7 +102,11 @@ class SyncLoop:
 
     def _send(self, final: bool = False) -> None:
         rows = self._rows()
-        self._tracker.sync(rows, final=final, note=self._note(rows))
+        try:
+            note = self._note(rows)
+        except Exception:  # no table is no reason to send no trial; whoever makes the report says what is wrong
+            note = ""
+        self._tracker.sync(rows, final=final, note=note)
 
     def _send_last(self) -> None:
         self._send(final=True)

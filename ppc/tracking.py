@@ -60,7 +60,8 @@ from ppc.sync_loop import NoTracker, SyncLoop, Tracker
 
 __all__ = ["MlflowTracker", "NoTracker", "SyncLoop", "Tracker", "make_tracker"]
 
-NOTE_LIMIT = 19_000  # characters of the study's note: MLflow refuses a tag of more than 20,000
+NOTE = "mlflow.note.content"
+NOTE_LIMIT, OLD_NOTE_LIMIT = 19_000, 4_900  # characters: MLflow refuses a tag of more than 20,000, once 5,000
 PAGE = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on runs, not on traces
 BATCH = 1000  # metrics of one request: MLflow's own limit
 RUN_STATUS = {
@@ -78,6 +79,13 @@ def make_tracker(option: str | None, storage: Storage, study: dict[str, Any], la
     """
     uri = tracking_uri(option, storage)
     return NoTracker() if uri == "none" else MlflowTracker(uri, storage, study, launch)
+
+
+def _cut(text: str, limit: int) -> str:
+    """The whole lines of a text that fit, and a word when some do not."""
+    if len(text) <= limit:
+        return text
+    return text[: limit - 100].rpartition("\n")[0] + "\n\nThe rest is in the report of the newest launch."
 
 
 def _client(uri: str) -> Any:
@@ -178,6 +186,8 @@ class MlflowTracker:
                 if not name or run.data.tags.get("ppc.kind") not in known:
                     continue
                 first = known[run.data.tags["ppc.kind"]].setdefault(name, run)
+                if run.data.tags["ppc.kind"] == "trial":
+                    self._memory["metrics"] = sorted({*self._memory["metrics"], *run.data.metrics})
                 if first is not run and run.info.lifecycle_stage == "active":
                     twice.append(run)
             if not (token := page.token):
@@ -272,15 +282,24 @@ class MlflowTracker:
             if what.startswith("overlay/")
         }
         metric, factors = self.study["metric"], self.study["factors"]
-        views = saved_views(factors, metric, self._memory["metrics"], sorted(pictures), self.study["created_ms"])
-        tags = {**PAGE, "mlflow.experiment.primaryMetric.name": f"final/{metric}", **views}
-        self._tag_experiment(tags | ({"mlflow.note.content": note[:NOTE_LIMIT]} if note else {}))
+        number, made_ms = len(self.study["trials"]), self.study["created_ms"]
+        views = saved_views(factors, metric, self._memory["metrics"], sorted(pictures), number, made_ms)
+        tags = {**PAGE, "mlflow.experiment.primaryMetric.name": metric_name(f"final/{metric}"), **views}
+        self._tag_experiment(tags | ({NOTE: _cut(note, NOTE_LIMIT)} if note else {}))
 
     def _tag_experiment(self, tags: Mapping[str, str]) -> None:
+        from mlflow.exceptions import MlflowException
+
         before = self._memory["tags"]
         for name, value in tags.items():
             if value != before.get(name):
-                self._mlflow.set_experiment_tag(self._memory["experiment"], name, value)
+                try:
+                    self._mlflow.set_experiment_tag(self._memory["experiment"], name, value)
+                except MlflowException as error:
+                    if error.error_code != "INVALID_PARAMETER_VALUE":
+                        raise
+                    if name == NOTE:  # a server older than 2026-08 takes 5,000 characters; its page has no views
+                        self._mlflow.set_experiment_tag(self._memory["experiment"], name, _cut(value, OLD_NOTE_LIMIT))
                 before[name] = value
                 self._save()
 

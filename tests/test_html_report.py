@@ -187,7 +187,7 @@ def test_the_slider_goes_over_variants_and_images_are_small_pngs(fake: FakeStudy
     assert shown == ["0", "1", "2"] * 2
     for attrs, _ in found.all("img"):
         data = base64.b64decode(str(attrs["src"]).removeprefix("data:image/png;base64,"))
-        assert np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).shape == (8, 12, 3)
+        assert np.asarray(Image.open(io.BytesIO(data)).convert("RGB")).shape == (48, 64, 3)
 
 
 def test_data_that_are_not_here_are_not_made(fake: FakeStudy, tmp_path: Path) -> None:

@@ -347,15 +347,16 @@ def test_an_answer_is_whole_wherever_ray_writes_its_own_line(late: bool, monkeyp
             told = f"Running entrypoint for job j1: {self.entry}\n"
             yield "Runtime env is setting up.\n" + told * (not late)
             yield "ppc-answer\none\n"
-            yield told * late + "two\n"
+            yield told[: 20 * late]
+            yield told[20:] * late + "two\nthree"
 
         def job(self, job_id: str) -> jobs.Job:
             return jobs.Job("j1", "none", "FAILED", "/s", "", 3, 0, 1)
 
     monkeypatch.setattr(jobs, "_Server", Head)
     said: list[str] = []
-    assert ask("none", "http://h:1", ["ppc", "x y"], storage="/s", say=said.append) == ("one\ntwo\n", 3)
-    assert "".join(said) == "one\ntwo\n" and Head.entry == "echo ppc-answer; exec ppc 'x y' --storage /s"
+    assert ask("none", "http://h:1", ["ppc", "x y"], storage="/s", say=said.append) == ("one\ntwo\nthree", 3)
+    assert "".join(said) == "one\ntwo\nthree" and Head.entry == "echo ppc-answer; exec ppc 'x y' --storage /s"
 
 
 @pytest.mark.ray

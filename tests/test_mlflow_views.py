@@ -21,7 +21,7 @@ def views(factors: list[str] | None = None, images: tuple[str, ...] = ("cam/a", 
     """States of the views by their keys, as the UI reads them out of the tags."""
     names = ["contrast.prototype_top_k"] if factors is None else factors
     found = {}
-    for tag, value in saved_views(names, "mask_miou_train", METRICS, images, 1000).items():
+    for tag, value in saved_views(names, "mask_miou_train", METRICS, images, 12, 1000).items():
         told = json.loads(value)
         method, _, packed = told["state"].partition(";")
         assert method == "deflate"
@@ -45,7 +45,7 @@ def test_every_view_shows_all_trials_and_no_launch() -> None:
         assert (state["searchFilter"], state["runsHiddenMode"]) == (TRIALS_ONLY, "SHOW_ALL")
         assert state["orderByKey"] == "metrics.`final/mask_miou_train`" and not state["orderByAsc"]
         assert state["selectedColumns"][:2] == ["params.`contrast.prototype_top_k`", "params.`seed`"]
-    numbers = [json.loads(value)["createdAt"] for value in saved_views(["k"], "m", METRICS, ["cam/a"], 5).values()]
+    numbers = [json.loads(value)["createdAt"] for value in saved_views(["k"], "m", METRICS, ["cam/a"], 12, 5).values()]
     assert numbers == sorted(numbers, reverse=True)  # the menu lists the newest first
 
 
@@ -72,7 +72,7 @@ def test_training_is_grouped_by_variant_and_other_metrics_wait_in_closed_section
 
 
 def test_what_there_is_nothing_of_has_no_view() -> None:
-    assert [view.key for view in views_of([], "mask_miou_train", [], [])] == ["results", "trials"]
+    assert [view.key for view in views_of([], "mask_miou_train", [], [], 0)] == ["results", "trials"]
     assert "components" not in charts(views([])["results"])
     assert "cams" not in views(images=())
 
@@ -81,12 +81,18 @@ def test_a_view_of_a_large_study_fits_into_a_tag_or_is_left_out() -> None:
     factors = [f"contrast.factor_{i}" for i in range(12)]
     metrics = [f"{part}/metric_{i}" for part in ("final", "train", "cost", "curve") for i in range(60)]
     images = [f"cam/2007_{i:06d}" for i in range(400)]
-    tags = saved_views(factors, "metric_0", [*metrics, "profile/class_iou_by_id"], images, 0)
+    tags = saved_views(factors, "metric_0", [*metrics, "profile/class_iou_by_id"], images, 12, 0)
     assert len(tags) == 5 and all(len(value) <= TAG_LIMIT for value in tags.values())
     names = [f"{i}{'x' * 300}{i * 7919}" for i in range(400)]
-    tags = saved_views([zlib.crc32(n.encode()).to_bytes(4, "big").hex() * 30 for n in names], "m", names, [], 0)
+    tags = saved_views([zlib.crc32(n.encode()).to_bytes(4, "big").hex() * 30 for n in names], "m", names, [], 12, 0)
     assert all(len(value) <= TAG_LIMIT for value in tags.values())
     assert len(tags) < 2
+
+
+def test_more_trials_than_the_page_loads_are_not_the_best_alone() -> None:
+    few, many = (views_of(["k"], "mask_miou_train+val", METRICS, [], n)[0].state for n in (100, 101))
+    assert few["orderByKey"] == "metrics.`final/mask_miou_train_val`", "the name under which MLflow has the values"
+    assert "orderByKey" not in many
 
 
 @pytest.mark.parametrize("version", [None, "2.9.1", "4.0.0", "3.170.1"])

@@ -260,6 +260,35 @@ def test_a_subset_that_is_the_whole_split_is_called_so(images: int, told: str, t
     assert dict(build_report(study.storage, "demo").header)["background score"] == told
 
 
+def test_the_verdict_takes_no_means_of_other_seeds_for_a_gain(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path, seeds=(0, 1, 2, 3))
+    for index, miou in enumerate((0.1, 0.6, 0.601, 0.602, None, 0.55, 0.5505, 0.5519)):
+        if miou is not None:
+            study.finish(index, miou)
+    text = markdown(build_report(study.storage, "demo"))
+    assert "but of other seeds than the baseline's: over those that both have it is -5.02 ± 0.03." in text
+    assert "more than the noise" not in text
+
+
+@pytest.mark.parametrize(
+    ("mious", "told"),
+    [
+        ((0.6, 0.601, 0.602, 0.5, 0.5011, 0.5019), "More than the noise of the seeds below it: prototype_top_k=4."),
+        ((0.6, 0.7, 0.65, 0.55, 0.75, 0.5), "No variant can be told from it by more than the noise of the seeds."),
+        ((0.6, None, 0.65, 0.55, None, 0.5), "There is no test of the others, so they cannot be told from noise."),
+    ],
+)
+def test_the_verdict_on_a_best_baseline_speaks_of_noise(
+    mious: tuple[float | None, ...], told: str, tmp_path: Path
+) -> None:
+    study = FakeStudy(tmp_path, seeds=(0, 1, 2))
+    for index, miou in enumerate(mious):
+        if miou is not None:
+            study.finish(index, miou)
+    text = markdown(build_report(study.storage, "demo"))
+    assert "The best mean is the baseline's, prototype_top_k=0" in text and told in text
+
+
 def test_protocol_of_a_fixed_score_gives_the_score(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
     for entry in study.study["trials"]:

@@ -9,7 +9,9 @@ import sqlite3
 import threading
 import time
 import urllib.request
+from base64 import b64encode
 from collections.abc import Callable, Sequence
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -328,6 +330,83 @@ def test_the_page_has_views_of_what_was_sent_and_a_note_that_is_kept_current(
     (fake.storage.study("demo").path / "tracking.json").unlink()
     tracker_of(fake).sync(fake.rows, final=True, note=note(fake.rows))
     assert len(sent) == len(tags), "a tracker that lost its memory writes all of them again"
+
+
+def test_what_a_page_cannot_show_keeps_back_no_trial(fake: FakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow.exceptions import MlflowException
+    from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE
+
+    def refuse(self: object, number: str, name: str, value: str) -> None:
+        if len(value) > 5000 or "View" in name:
+            raise MlflowException("too long", error_code=INVALID_PARAMETER_VALUE)
+        taken[name] = value
+
+    taken: dict[str, str] = {}
+    monkeypatch.setattr("mlflow.MlflowClient.set_experiment_tag", refuse)
+    fake.finish(0, 0.5)
+    long = "the answer\n\n" + "a row of the table\n" * 1000
+    tracker_of(fake).sync(fake.rows, note=long)
+    note = taken["mlflow.note.content"]
+    assert note.startswith("the answer\n\na row of the table\n")
+    assert note.endswith("row of the table\n\nThe rest is in the report of the newest launch.")
+    assert set(runs_of(fake)) == {"prototype_top_k=0 s=0"}
+
+    def no_table(rows: object) -> str:
+        raise ValueError("no table")
+
+    fake.finish(1, 0.5)
+    with SyncLoop(tracker_of(fake), lambda: fake.rows, note=no_table) as loop:
+        assert loop.finish()
+    assert len(runs_of(fake)) == 2
+
+
+def test_a_study_of_an_older_version_gets_all_views(fake: FakeStudy) -> None:
+    fake.start(0)
+    fake.journal(0, range(3))
+    fake.finish(0, 0.5)
+    tracker_of(fake).sync(fake.rows)
+    before = {name for name in tags_of(fake) if "View" in name}
+    path = fake.storage.study("demo").path / "tracking.json"
+    memory = json.loads(path.read_text())
+    (one,) = memory.values()
+    del one["tags"], one["metrics"]
+    path.write_text(json.dumps({uri: {**one, "note": "old"} for uri in memory}))
+    for name in before:
+        client_of(fake).delete_experiment_tag(experiment_id(fake.storage, "demo", default_uri(fake.storage)), name)
+    tracker_of(fake).sync(fake.rows)
+    assert {name for name in tags_of(fake) if "View" in name} == before and len(before) == 5
+
+
+def test_a_link_knows_the_study_after_the_storage_was_moved(fake: FakeStudy, tmp_path: Path) -> None:
+    fake.finish(0, 0.5)
+    tracker_of(fake).sync(fake.rows)
+    number = experiment_id(fake.storage, "demo", default_uri(fake.storage))
+    moved = Storage(shutil.move(fake.storage.root, tmp_path / "elsewhere"))
+    assert experiment_id(moved, "demo", default_uri(moved)) == number is not None
+    assert experiment_id(moved, "demo", "http://h:5000") is None
+
+
+def test_the_version_is_asked_with_the_login_and_not_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            known = self.headers["Authorization"] == "Basic " + b64encode(b"me:pass word").decode()
+            self.send_response(200 if known and self.path == "/version" else 401)
+            self.end_headers()
+            self.wfile.write(b"3.17.2" if known else b"no")
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.delenv("no_proxy", raising=False)
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert server_version(f"http://127.0.0.1:{server.server_port}") is None
+        assert server_version(f"http://me:pass%20word@127.0.0.1:{server.server_port}/") == "3.17.2"
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "me")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "pass word")
+        assert server_version(f"http://127.0.0.1:{server.server_port}") == "3.17.2"
+        server.shutdown()
 
 
 def test_report_and_figures_are_attached(fake: FakeStudy, tmp_path: Path) -> None:
