@@ -131,12 +131,50 @@ def test_components_and_scores_have_their_values(page: Page, served: Served) -> 
     page.picture("mlflow_components")
 
 
+def test_scores_classes_and_curves_have_their_values(page: Page, served: Served) -> None:
+    page.open(served.view("results"))
+    shows_all_trials(page, served)
+
+    def of(title: str, kind: str) -> list[dict[str, Any]]:
+        """Data of the charts in sight when a section is; charts are drawn when they come into sight."""
+        page.run(
+            "[...document.querySelectorAll('*')].filter(e => e.children.length == 0 && e.textContent == arguments[0])"
+            ".forEach(e => e.scrollIntoView())",
+            title,
+        )
+        return traces(page, kind)
+
+    def bars() -> bool:
+        found = [sorted(round(x, 4) for x in trace["x"]) for trace in of("scores", "bar")]
+        return sorted(served.mious) in found and sorted(round(m - 0.05, 4) for m in served.mious) in found
+
+    page.until("a bar a trial, of mask and seed mIoU", bars)
+    per_class = [0.8, 0.4, 0.0]
+    lines = "IoU of each class, by its number"
+    page.until("a line a trial over its classes", lambda: sum(
+        trace["y"] == pytest.approx(per_class) for trace in of(lines, "scatter") if len(trace.get("y") or []) == 3
+    ) >= 12)  # fmt: skip
+    title = "mIoU over the background score"
+
+    def peaks() -> list[float]:
+        curves = [list(trace.get("y") or []) for trace in of(title, "scatter")]
+        return sorted({round(curve[1], 4) for curve in curves if len(curve) == 3 and curve[0] == 0.1})
+
+    page.until("a curve a trial over the background score", lambda: peaks() == sorted(served.mious))
+
+
 def test_the_trials_table(page: Page, served: Served) -> None:
+    page.size(2600, 1000)
     page.open(served.view("trials"))
     shows_all_trials(page, served)
     text = page.text()
     assert text.index("prototype_top_k=32 s=") < text.index("prototype_top_k=0 s="), "the best comes first"
     page.until("final mIoU of the best", lambda: f"{max(served.mious):.4f}"[:5] in page.text())
+    cells = "return [...document.querySelectorAll(`.ag-cell[col-id*='${arguments[0]}']`)].map(e => e.innerText.trim())"
+    page.until("states", lambda: page.run(cells, "ppc.state").count("FINISHED") == 12)
+    assert sorted(page.run(cells, "contrast.prototype_top_k")) == sorted(str(k) for k in KS for _ in SEEDS)
+    assert page.run(cells, "cost/wall_s").count("30") == 12
+    page.size(1600, 1000)
     page.picture("mlflow_trials")
 
 
@@ -145,6 +183,7 @@ def test_the_matrix_of_classes_and_trials(page: Page, served: Served) -> None:
     shows_all_trials(page, served)
     page.until("per_class_iou.json", lambda: "per_class_iou.json" in page.text())
     page.until("the classes", lambda: all(name in page.text() for name in CLASSES))
+    assert "0.7" in page.text() and "0.3" in page.text()
     page.picture("mlflow_classes")
 
 
@@ -170,7 +209,10 @@ def test_training_curves_are_grouped_by_variant(page: Page, served: Served) -> N
         return [trace["y"] for trace in traces(page, "scatter") if len(trace.get("y") or []) == STEPS]
 
     page.until("curves of the loss", lambda: len(losses()) >= len(KS))
-    assert any(curve == pytest.approx([1 / (1 + step) for step in range(STEPS)]) for curve in losses())
+    expected = [1 / (1 + step) for step in range(STEPS)]
+    page.until(
+        "the mean of each variant", lambda: sum(curve == pytest.approx(expected) for curve in losses()) >= len(KS)
+    )
     page.picture("mlflow_training")
 
 
