@@ -170,7 +170,7 @@ def server_version(url: str, timeout_s: float = 3.0) -> str | None:
     password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
     request = urllib.request.Request(f"{safe_uri(url).rstrip('/')}/version")
     if user:
-        request.add_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
     own = parts.hostname in ("localhost", "127.0.0.1", "::1")  # a proxy knows nothing of this machine's ports
     opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if own else []))
     try:
