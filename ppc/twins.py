@@ -36,6 +36,9 @@ SHRINK = {
     "train.resize_long_px": 96 / 448,
     **{f"{section}.crop_px": 96 / 448 for section in ("train", *(f"{net}.train" for net in OTHER_NETS))},
 }
+# A walk of S steps reaches sqrt(S) radii, and the radius is the official one: so that it reaches the same share of an
+# image, the steps shrink by (96/448)^2, about 2^-4. With VOC's own number a scene's masks mix to one class.
+WALKS = {"psa.walk.log2_steps": -4, "irn.walk.log2_steps": -4}
 SPLITS = {"train": "train", "val": "val", "train_aug": "train"}  # of VOC -> of the scenes, which have no others
 
 
@@ -96,7 +99,7 @@ def scenes(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None, *, ke
         set_here = {path: value for path, value in SCENES.items() if path in fields() and path not in (keep or {})}
         for path, value in set_here.items():
             out = place(out, path, value, "--scenes")
-        for path in (*SHRINK, "seeds.splits", "seeds.val_subset_split"):
+        for path in (*SHRINK, *WALKS, "seeds.splits", "seeds.val_subset_split"):
             if path not in set_here and (value := get(raw, path, fields()[path].default)) is not None:
                 out = place(out, path, scaled(path, value), "--scenes")
     return place_all(out, extra or {}, "scenes")
@@ -108,6 +111,8 @@ def scaled(path: str, value: Any) -> Any:
         return [scaled(path, one) for one in value]
     if path in SHRINK and isinstance(value, int | float) and not isinstance(value, bool):
         return round(value * SHRINK[path])
+    if path in WALKS and isinstance(value, int) and not isinstance(value, bool):
+        return max(0, value + WALKS[path])
     if path in ("data.train_split", "seeds.val_subset_split"):
         return SPLITS.get(value, "train") if isinstance(value, str) else value
     if path in ("seeds.splits", "segmentation.test.splits") and isinstance(value, list | tuple):
@@ -143,7 +148,7 @@ def _scaled_all(values: Mapping[str, Any]) -> Raw:
 def _axis(path: str, axis: list[Any] | AxisRange) -> list[Any] | AxisRange:
     if not isinstance(axis, AxisRange):
         return [scaled(path, value) for value in axis]
-    if path not in SHRINK:
+    if path not in (*SHRINK, *WALKS):
         return axis
-    step = None if axis.step is None else scaled(path, axis.step) or 1
+    step = axis.step if axis.step is None or path in WALKS else scaled(path, axis.step) or 1
     return axis.model_copy(update={"low": scaled(path, axis.low), "high": scaled(path, axis.high), "step": step})

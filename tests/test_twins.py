@@ -57,6 +57,16 @@ def test_sizes_that_a_design_varies_are_scaled_and_stay_distinct() -> None:
     assert specs["whole"].train.resize_long_px == (96, 165)  # the base's own, scaled as the others are
 
 
+def test_walks_reach_the_same_share_of_an_image() -> None:
+    axes = {"psa.walk.log2_steps": [6, 8]}
+    config = study({"kind": "grid", "axes": axes, "baseline": {"psa.walk.log2_steps": 8}})
+    specs = expand(config, twin="scenes")
+    assert [(s.config.psa.walk.log2_steps, s.config.irn.walk.log2_steps) for s in specs] == [(2, 4), (4, 4)]
+    assert baseline(study_of(config, "scenes"), specs) == "log2_steps=4"
+    short = study({"kind": "list", "variants": [{"name": "a", "set": {"psa.walk.log2_steps": 1}}]})
+    assert expand(short, twin="scenes")[0].config.psa.walk.log2_steps == 0
+
+
 def test_a_baseline_that_a_scaled_axis_picks_is_found() -> None:
     config = study({"kind": "grid", "axes": {"views.target_px": [64, 128]}, "baseline": {"views.target_px": 128}})
     specs = expand(config, twin="scenes")
