@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ppc.cam import EPS
 from ppc.config import TrialConfig
-from ppc.methods import build_net, net_normalisation
+from ppc.methods import build_net, class_maps, net_normalisation
 from ppc.nets import CamNet
 from ppc.stages.make_seeds import infer_cam, scaled
 
@@ -42,7 +42,7 @@ def make_case(backbone: str, width: int) -> tuple[CamNet, list[Tensor], tuple[in
 
 def ours(net: CamNet, views: Sequence[Tensor], size: tuple[int, int]) -> Any:
     """The CAM (2,h,w) as stage make_seeds makes it: a forward a scale, of the image and its mirror."""
-    return infer_cam(net, views, KEYS, size, "seam", CPU, rule="minmax")
+    return infer_cam(net, views, KEYS, size, class_maps("seam"), CPU, rule="minmax")
 
 
 @torch.inference_mode()

@@ -189,6 +189,10 @@ class SeedsConfig(Section):
     merge: Literal["method", "irn"] = Field(
         "method", description="how their maps become a CAM: as the method does, or as IRN does"
     )
+    map: Literal["method", "cam"] = Field(
+        "method",
+        description="what is read out: the map of the method (seam: the PCM's; eps: a softmax), or the CAM itself",
+    )
     protocol: Literal["fixed", "best_on_train", "val_subset"] = Field(
         "best_on_train",
         description="who picks the background score: nobody; the masks of data.train_split, which must be one of "
@@ -322,6 +326,8 @@ class TrialConfig(Section):
         unread: set[str] = set()
         if self.seeds.merge == "method":
             unread.add("merge")  # the method decides
+        if self.seeds.map == "method" or self.method.name == "cam":
+            unread.add("map")  # one and the same
         if self.seeds.protocol != "fixed":
             unread.add("bg_score")
         if self.seeds.protocol != "val_subset":

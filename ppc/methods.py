@@ -29,6 +29,8 @@ from ppc.views import Warp, draw_warp, resize
 
 BG = 0  # channel of the background
 
+ClassMaps = Callable[[CamOutput, tuple[int, int]], Tensor]  # of the net's input size, to (N,K,.,.), foreground alone
+
 
 @dataclass(frozen=True)
 class Step:
@@ -55,7 +57,7 @@ class Method:
     merge_rule: NormRule
     names: tuple[str, ...]  # of the terms; each has a field method.NAME_weight
     terms: Callable[[Step, MethodConfig], dict[str, Tensor]]
-    class_maps: Callable[[CamOutput, tuple[int, int]], Tensor]  # (N,K,.,.), foreground alone
+    class_maps: ClassMaps
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -180,6 +182,18 @@ METHODS: dict[str, Method] = {
         class_maps=_eps_maps,
     ),
 }  # fmt: skip
+
+
+def class_maps(method: str, *, plain: bool = False) -> ClassMaps:
+    """How class maps are read out of a method's net; `plain`: the CAM itself, before a PCM or a softmax (METHOD 3)."""
+    chosen = METHODS[method]
+    if not plain:
+        return chosen.class_maps
+    return _foreground_maps if chosen.background else _cam_maps
+
+
+def _foreground_maps(out: CamOutput, size: tuple[int, int]) -> Tensor:
+    return F.relu(foreground(out.cam, bg_channel=BG))
 
 
 def journal_metrics(cfg: TrialConfig) -> list[str]:

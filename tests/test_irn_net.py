@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ppc.backbones import BACKBONES, build_backbone
 from ppc.cam import merge_scales
 from ppc.irn_net import IrnNet, edges, head_groups, levels_problem
-from ppc.methods import METHODS
+from ppc.methods import class_maps
 from ppc.nets import CamNet
 from ppc.stages.make_seeds import infer_cam
 
@@ -88,12 +88,12 @@ def test_irns_cam_net_is_the_plain_one_over_its_backbone() -> None:
     with_official_weights(net.to_empty(device="cpu"), "cam")
     image = torch.from_numpy(g["x"].astype(np.float32))[0]
     with torch.no_grad():
-        maps = METHODS["cam"].class_maps(net(torch.stack([image, image.flip(-1)])), (64, 96))
+        maps = class_maps("cam")(net(torch.stack([image, image.flip(-1)])), (64, 96))
     total = maps[0] + maps[1].flip(-1)
     np.testing.assert_allclose(total, g["cam_sum_of_flips"], rtol=1e-5, atol=1e-5 * float(total.max()))
     trained = {name.split(".")[2] for name, p in net.backbone.named_parameters("backbone") if p.requires_grad}
     assert trained == {"layer3", "layer4"}, "the output of the second stage is detached"
-    cam = infer_cam(net, [image], np.array([3, 7]), (64, 96), "cam", torch.device("cpu"), rule="irn")
+    cam = infer_cam(net, [image], np.array([3, 7]), (64, 96), class_maps("cam"), torch.device("cpu"), rule="irn")
     assert cam.shape == (2, 64, 96) and cam.max() > 0.9
 
 

@@ -21,7 +21,7 @@ from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_seed
 from ppc.data.labels import read_label_file
 from ppc.figures import read_palette_png
-from ppc.methods import METHODS, build_net
+from ppc.methods import METHODS, build_net, class_maps
 from ppc.metrics import OFFICIAL_THRESHOLDS, curve_counts
 from ppc.planning import Planner, TrialPlan
 from ppc.runtime import LocalRuntime
@@ -353,6 +353,22 @@ def test_the_crf_can_start_from_a_score_of_its_own(storage: Storage, scenes: Pat
 # -- inference
 
 
+def test_the_plain_cam_of_seams_net_is_that_of_a_cam_net_with_its_weights() -> None:
+    """Read out before the PCM, by `seeds.map`; it is one more key where it is another map, and none where it is not."""
+    seam = build_net(tiny_config({"method.name": "seam"}), 3, pretrained=False).eval()
+    cam = build_net(tiny_config({"method.name": "cam"}), 3, pretrained=False).eval()
+    cam.backbone.load_state_dict(seam.backbone.state_dict())
+    cam.fc8.weight.data = seam.fc8.weight.data[1:].clone()
+    image_N3HW = torch.rand(2, 3, 64, 48)
+    with torch.no_grad():
+        plain, refined = (class_maps("seam", plain=p)(seam(image_N3HW), (64, 48)) for p in (True, False))
+        torch.testing.assert_close(plain, class_maps("cam")(cam(image_N3HW), (64, 48)))
+    assert refined.shape[2:] == (64, 48) and plain.shape[2:] != refined.shape[2:]
+    for method, differs in (("seam", True), ("cam", False)):
+        keys = [tiny_config({"method.name": method, "seeds.map": m}).decisive("seeds") for m in ("method", "cam")]
+        assert (keys[0] != keys[1]) is differs and "map" not in keys[0]
+
+
 def test_scaled_views_have_rounded_sides() -> None:
     image = np.arange(7 * 11 * 3, dtype=np.uint8).reshape(7, 11, 3)
     sizes = [view.shape for view in scaled(image, (0.5, 1.0, 1.5, 2.0))]
@@ -360,16 +376,17 @@ def test_scaled_views_have_rounded_sides() -> None:
     assert scaled(image, (1.0,))[0] is image
 
 
+@pytest.mark.parametrize("plain", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_the_cam_of_a_mirrored_image_is_the_mirrored_cam(scenes: Path, method: str) -> None:
+def test_the_cam_of_a_mirrored_image_is_the_mirrored_cam(scenes: Path, method: str, plain: bool) -> None:
     """The mirror is one of the views, and maps come back the right way round and in the order of the keys."""
     net = build_net(tiny_config({"method.name": method}), 3, pretrained=False).eval()
     image = layout(scenes).image("train_00000")
 
     def cam(image_HW3: Any, keys: list[int]) -> Any:
         views = [NORMALISATIONS["imagenet"].apply(np.ascontiguousarray(v)) for v in scaled(image_HW3, (0.5, 1.0, 1.5))]
-        rule = METHODS[method].merge_rule
-        return infer_cam(net, views, np.array(keys, np.int64), image_HW3.shape[:2], method, CPU, rule=rule)
+        rule, maps = METHODS[method].merge_rule, class_maps(method, plain=plain)
+        return infer_cam(net, views, np.array(keys, np.int64), image_HW3.shape[:2], maps, CPU, rule=rule)
 
     straight, mirrored = cam(image, [0, 2]), cam(image[:, ::-1], [0, 2])
     assert straight.shape == (2, *image.shape[:2])

@@ -23,7 +23,7 @@ from ppc.config import TrialConfig
 from ppc.data import Dataset
 from ppc.faults import StorageError
 from ppc.figures import overlay, palette_png
-from ppc.methods import METHODS
+from ppc.methods import METHODS, ClassMaps, class_maps
 from ppc.metrics import OFFICIAL_THRESHOLDS, Counts, choose_bg_score, curve_counts, curve_miou
 from ppc.nets import CamNet
 from ppc.places import StoragePath, atomic_write, read_bytes
@@ -148,7 +148,8 @@ def infer_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> 
             keys = np.flatnonzero(dataset.image_label(image_id, split=split))
             image = dataset.image(image_id)
             views = [normalisation.apply(view) for view in scaled(image, cfg.seeds.scales)]
-            cam = infer_cam(net, views, keys, image.shape[:2], cfg.method.name, device, rule=merge_rule(cfg))
+            maps = class_maps(cfg.method.name, plain=cfg.seeds.map == "cam")
+            cam = infer_cam(net, views, keys, image.shape[:2], maps, device, rule=merge_rule(cfg))
             with atomic_write(path) as handle:
                 np.savez(handle, keys=keys, cam=cam)
             loaded = keys, cam
@@ -186,7 +187,7 @@ def infer_cam(
     views: Sequence[Tensor],
     keys: Any,
     size: tuple[int, int],
-    method: str,
+    read: ClassMaps,
     device: torch.device,
     *,
     rule: NormRule,
@@ -196,7 +197,7 @@ def infer_cam(
     maps: list[Tensor] = []
     for view in views:
         pair = torch.stack([view, view.flip(-1)]).to(device)
-        maps += list(METHODS[method].class_maps(net(pair), (pair.shape[2], pair.shape[3]))[:, index])
+        maps += list(read(net(pair), (pair.shape[2], pair.shape[3]))[:, index])
     return merge_scales(maps, size=size, rule=rule).cpu().numpy()
 
 
