@@ -12,6 +12,7 @@ from ppc.config import SALIENCY, TrialConfig
 from ppc.crf import PRESETS
 from ppc.data import Dataset
 from ppc.deeplab import SEG_HEADS
+from ppc.metrics import SILENT
 from ppc.net_config import SAME, OwnBackbone
 from ppc.stages import (
     NETS,
@@ -140,7 +141,7 @@ def check_data(cfg: TrialConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
 def metrics_of(cfg: TrialConfig, dataset: Dataset | None = None) -> list[str]:
     """The metrics that a trial's stages and splits give, the one that says most last; without a dataset those that it
     would give were there masks of all splits."""
-    found = ["bg_score"] if "make_seeds" in cfg.stages else []
+    found = ["bg_score", *(f"{SILENT}{split}" for split in cfg.seeds.splits)] if "make_seeds" in cfg.stages else []
     if "evaluate" not in cfg.stages:
         return found
     before = cfg.stages[: cfg.stages.index("evaluate")]

@@ -19,6 +19,7 @@ OFFICIAL_THRESHOLDS: tuple[float, ...] = tuple(i / 100 for i in range(60))  # th
 
 AbsentRule = Literal["zero", "skip"]
 Counts = npt.NDArray[np.int64]
+SILENT = "silent_maps_"  # of the metric that `silent_counts` gives; a split follows
 Floats = npt.NDArray[np.float64]
 
 
@@ -100,6 +101,11 @@ def curve_confusions(counts_LCC: Counts) -> Counts:
 def curve_miou(counts_LCC: Counts, *, absent: AbsentRule) -> Floats:
     """The mIoU (T,) at each threshold, from summed curve counts."""
     return np.array([miou(conf_CC, absent=absent) for conf_CC in curve_confusions(counts_LCC)])
+
+
+def silent_counts(cam_KHW: npt.NDArray[Any]) -> Counts:
+    """[maps that are nowhere above 0, maps] of one image's classes: a silent map gives no seed at any score."""
+    return np.array([int((cam_KHW <= 0).all(axis=(1, 2)).sum()), len(cam_KHW)], np.int64)
 
 
 def choose_bg_score(

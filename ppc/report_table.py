@@ -8,11 +8,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import fmean
 from typing import Any
 
 from ppc.ledger import FINISHED, RUNNING, STOPPED
+from ppc.metrics import SILENT
 from ppc.published import NONE, Claim, OtherMethod, claim_cell, is_iou, sources
 from ppc.significance import PairedTest, rule
+
+SILENT_SHARE = 0.05  # of a variant's maps, above which the report speaks of it
 
 
 @dataclass(frozen=True)
@@ -197,9 +201,23 @@ def _beaten(report: Report) -> str:
     )
 
 
+def silent_lines(report: Report) -> list[str]:
+    """A line for each variant whose nets leave many present classes without any seed: its row says little yet."""
+    lines = []
+    for line in report.lines:
+        for metric, by_seed in line.values.items():
+            if metric.startswith(SILENT) and by_seed and (share := fmean(by_seed.values())) > SILENT_SHARE:
+                lines.append(
+                    f"{line.variant}: {share:.0%} of the maps of present classes ({metric.removeprefix(SILENT)}) are "
+                    "nowhere above 0 and give no seed. The net has not learned its tags: train it longer or with "
+                    "another learning rate before this row is compared."
+                )
+    return lines
+
+
 def remarks(report: Report) -> list[str]:
     """What a reader must know to judge the table: the best, its noise, its tests, and what is missing."""
-    remarks = verdict(report)
+    remarks = [*verdict(report), *silent_lines(report)]
     if any(line.n == 1 for line in report.lines):
         remarks.append("A figure without ± comes from one seed and says nothing of the noise.")
     remarks += rule({line.variant: line.test for line in report.lines if line.test is not None})

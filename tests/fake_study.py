@@ -89,7 +89,14 @@ class FakeStudy:
         trial.write_state(state="FAILED", ended_ms=now_ms())
 
     def finish(
-        self, index: int, miou: float, *, bg_score: float = 0.25, wall_s: float = 30.0, overlays: int = 2
+        self,
+        index: int,
+        miou: float,
+        *,
+        bg_score: float = 0.25,
+        wall_s: float = 30.0,
+        overlays: int = 2,
+        silent: float | None = None,
     ) -> None:
         """The trial has its result, and its CAMs are drawn."""
         entry = self.entry(index)
@@ -106,6 +113,8 @@ class FakeStudy:
             "curves": {"train": {"thresholds": [0.0, 0.25, 0.5], "miou": [0.1, miou, 0.2]}},
             "stages": stages, "wall_s": wall_s, "finished_ms": now_ms(), "attempt": 1, "host": "host-a",
         }  # fmt: skip
+        if silent is not None:
+            result["metrics"]["silent_maps_train"] = silent  # type: ignore[index]
         trial = self.storage.trial(entry["key"])
         write_json(trial.path / "result.json", result)
         (trial.path / "error.json").unlink(missing_ok=True)

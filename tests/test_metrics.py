@@ -16,6 +16,7 @@ from ppc.metrics import (
     curve_miou,
     iou,
     miou,
+    silent_counts,
 )
 
 EVALS = ["eval_4img", "eval_10img"]
@@ -84,6 +85,14 @@ def test_the_curve_equals_a_loop_over_thresholds(seed):
     assert counts.sum() == (gt != 255).sum()
     for t, conf_CC in zip(OFFICIAL_THRESHOLDS, curve_confusions(counts), strict=True):
         np.testing.assert_array_equal(conf_CC, confusion(seed_from_cam(cam, keys, bg_score=t), gt, 6))
+
+
+def test_silent_maps_are_those_that_give_no_seed_at_any_score():
+    cam = np.array([[[0.0, 0.4]], [[0.0, 0.0]], [[-1.0, -1.0]], [[-0.1, 1e-6]]], np.float32)
+    np.testing.assert_array_equal(silent_counts(cam), [2, 4])
+    np.testing.assert_array_equal(silent_counts(cam[:0]), [0, 0])
+    for k, seeded in enumerate((True, False, False, True)):
+        assert bool(seed_from_cam(cam[k : k + 1], [0], bg_score=0.0).any()) is seeded
 
 
 def test_shards_add_up_in_any_order():

@@ -173,7 +173,7 @@ def test_a_trial_gives_a_mask_of_every_image_and_its_score(
 ) -> None:
     result, folders = run(storage, tiny_config(changes, scenes))
     data = layout(scenes)
-    assert result["metrics"].keys() == {"bg_score", "seed_miou_train", "psa_mask_miou_train"}
+    assert result["metrics"].keys() == {"bg_score", "silent_maps_train", "seed_miou_train", "psa_mask_miou_train"}
     assert 0 < result["metrics"]["psa_mask_miou_train"] < 1
     for image_id in data.ids("train"):
         mask = read_palette_png(folders["refine_psa"] / "masks" / f"{image_id}.png")

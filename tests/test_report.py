@@ -16,6 +16,7 @@ from rich.console import Console
 from ppc.artifacts import Storage, write_json
 from ppc.live import REFRESH_S, LiveStatus
 from ppc.report import build_report, duration, markdown, print_report, write_report
+from ppc.report_table import remarks
 from ppc.status import status_lines, status_table
 
 
@@ -295,3 +296,13 @@ def test_protocol_of_a_fixed_score_gives_the_score(tmp_path: Path) -> None:
         entry["config"]["seeds"] |= {"protocol": "fixed", "bg_score": 0.3}
     write_json(study.storage.study("demo").path / "study.json", study.study)
     assert dict(build_report(Storage(tmp_path), "demo").header)["background score"] == "fixed at 0.3"
+
+
+def test_variants_whose_nets_leave_present_classes_without_seeds_are_named(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path)
+    for index, silent in enumerate((0.6, 0.8, 0.0, 0.04)):
+        study.finish(index, 0.5, silent=silent)
+    report = build_report(study.storage, "demo")
+    named = [line for line in remarks(report) if "nowhere above 0" in line]
+    assert len(named) == 1 and named[0].startswith("prototype_top_k=0: 70% of the maps of present classes (train)")
+    assert "silent_maps_train" not in markdown(report), "it is told in words, not as a column of mIoU"

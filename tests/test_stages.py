@@ -113,6 +113,8 @@ def test_the_curve_is_that_of_a_slow_loop_over_its_scores(storage: Storage, scen
     assert result["metrics"]["bg_score"] == THRESHOLDS[int(np.argmax(slow))], "the first of the best"
     assert result["metrics"]["seed_miou_train"] == pytest.approx(max(slow), rel=1e-12)
     assert len(set(slow)) > 5
+    silent = [(cam_HW <= 0).all() for (_, cam_KHW), _ in loaded for cam_HW in cam_KHW]
+    assert result["metrics"]["silent_maps_train"] == np.mean(silent)
 
 
 def test_scores_are_those_of_the_pngs(storage: Storage, scenes: Path) -> None:
@@ -159,9 +161,9 @@ def test_what_comes_back_of_the_images_does_not_grow_with_their_number(
         counts = [r for name, r in results if name == "count_chunk"]
         assert len(curves) == (12 if size == 1 else 1) and len(counts) == (24 if size == 1 else 4)
         assert all(r.shape == (4, 4) and r.dtype == np.int64 for r in counts)
-        assert all(c.shape == (61, 4, 4) and c.dtype == np.int64 for r in curves for c in r.values())
+        assert all(c.shape in ((61, 4, 4), (2,)) and c.dtype == np.int64 for r in curves for c in r.values())
         total = {name: sum(r[name] for r in curves if name in r) for r in curves for name in r}
-        assert total.keys() == {"train", "val", "val_subset images"}
+        assert total.keys() == {"train", "val", "val_subset images", "silent_maps_train", "silent_maps_val"}
         masks = [layout(scenes).mask(i, split="val") for _, i in val_subset(plan.config, layout(scenes))]
         assert total["val_subset images"].sum() == sum(int((mask != 255).sum()) for mask in masks)
         if size == 1:
@@ -296,11 +298,13 @@ def test_a_split_without_masks_gets_masks_and_no_score(storage: Storage, scenes:
     root = voc_copy(scenes, tmp_path / "voc", without_masks_of="train")
     changes = {"data.name": "voc", "seeds.protocol": "fixed", "seeds.overlays": 0}
     result, folders = run(storage, tiny_config(changes, root))
-    assert result["metrics"] == {"bg_score": 0.26} and result["curves"] == {} and result["counts"] == {"train": 8}
+    assert result["metrics"].keys() == {"bg_score", "silent_maps_train"} and result["metrics"]["bg_score"] == 0.26
+    assert result["curves"] == {} and result["counts"] == {"train": 8}
     assert len(list((folders["refine_crf"] / "masks").iterdir())) == 8
     assert not (folders["make_seeds"] / "overlays").exists()
     both, _ = run(storage, tiny_config({**changes, "seeds.splits": ["train", "val"]}, root))
-    assert both["metrics"].keys() == {"bg_score", "seed_miou_val", "mask_miou_val"}
+    silent = {"silent_maps_train", "silent_maps_val"}
+    assert both["metrics"].keys() == {"bg_score", "seed_miou_val", "mask_miou_val"} | silent
     with pytest.raises(ValueError, match="best_on_train needs masks of split train; use seeds.protocol fixed"):
         run(storage, tiny_config({"data.name": "voc"}, root))
 
@@ -463,7 +467,7 @@ def test_a_plan_that_cannot_run_is_refused(stages: list[str], message: str) -> N
 
 def test_a_trial_without_crf_scores_its_seeds(storage: Storage, scenes: Path) -> None:
     result, folders = run(storage, tiny_config({"stages": ["train_cam", "make_seeds", "evaluate"]}, scenes))
-    assert result["metrics"].keys() == {"bg_score", "seed_miou_train"}
+    assert result["metrics"].keys() == {"bg_score", "silent_maps_train", "seed_miou_train"}
     with_crf, other = run(storage, tiny_config(root=scenes))
     assert with_crf["metrics"]["seed_miou_train"] == result["metrics"]["seed_miou_train"]
     assert folders["make_seeds"] == other["make_seeds"] and folders["evaluate"] != other["evaluate"]

@@ -94,7 +94,7 @@ def test_a_trial_ends_with_its_result(scenes: Path, storage: Storage) -> None:
     result = run_plan(plan, storage)
     trial = storage.trial(plan.key)
     assert trial.result() == result and trial.error() is None
-    assert result["metrics"].keys() == {"bg_score", "seed_miou_train", "mask_miou_train"}
+    assert result["metrics"].keys() == {"bg_score", "silent_maps_train", "seed_miou_train", "mask_miou_train"}
     assert all(0 <= value <= 1 for value in result["metrics"].values())
     assert [(s["name"], s["key"]) for s in result["stages"]] == plan.stages
     assert [s["name"] for s in result["stages"]] == STAGES and reused(result) == []
@@ -340,7 +340,7 @@ def test_the_metrics_of_a_plan_are_those_of_its_result(scenes: Path, storage: St
     assert sorted(plan.metrics) == sorted(run_plan(plan, storage)["metrics"])
     assert plan_of(scenes, storage, {"stages": ["train_cam"]}).metrics == []
     seeds_only = plan_of(scenes, storage, {"stages": ["train_cam", "make_seeds", "evaluate"]})
-    assert seeds_only.metrics == ["bg_score", "seed_miou_train"]
+    assert seeds_only.metrics == ["bg_score", "silent_maps_train", "seed_miou_train"]
 
 
 # -- errors

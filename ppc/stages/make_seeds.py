@@ -24,7 +24,15 @@ from ppc.data import Dataset
 from ppc.faults import StorageError
 from ppc.figures import overlay, palette_png
 from ppc.methods import METHODS, ClassMaps, class_maps
-from ppc.metrics import OFFICIAL_THRESHOLDS, Counts, choose_bg_score, curve_counts, curve_miou
+from ppc.metrics import (
+    OFFICIAL_THRESHOLDS,
+    SILENT,
+    Counts,
+    choose_bg_score,
+    curve_counts,
+    curve_miou,
+    silent_counts,
+)
 from ppc.nets import CamNet
 from ppc.places import StoragePath, atomic_write, read_bytes
 from ppc.seeding import derive_rng
@@ -70,7 +78,7 @@ def run(context: StageContext) -> dict[str, Any]:
     context.rt.map(seed_chunk, shared, items, cfg.runtime, lambda done, _: progress.update(len(items) + done))
     absent = cfg.seeds.absent_classes
     return {
-        "metrics": {"bg_score": score},
+        "metrics": {"bg_score": score, **silent_shares(counts, cfg.seeds.splits)},
         "protocol": cfg.seeds.protocol,
         "absent_classes": absent,
         "overlays": sorted(drawn),
@@ -79,6 +87,14 @@ def run(context: StageContext) -> dict[str, Any]:
             for split, total in curves.items()
         },
     }
+
+
+def silent_shares(counts: dict[str, Counts], splits: Sequence[str]) -> dict[str, float]:
+    """`silent_maps_SPLIT` of the splits that have a map: the share of their maps that are nowhere above 0."""
+    found = {
+        f"{SILENT}{split}": counts[f"{SILENT}{split}"].tolist() for split in splits if f"{SILENT}{split}" in counts
+    }
+    return {name: silent / maps for name, (silent, maps) in found.items() if maps}
 
 
 def images_of(cfg: TrialConfig, dataset: Dataset) -> list[Item]:
@@ -136,7 +152,7 @@ def add_counts(totals: dict[str, Counts], part: dict[str, Counts]) -> None:
 def infer_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> dict[str, Counts]:
     """Make the CAMs of some images that are not there yet; the summed curve counts of those with a mask.
 
-    The sums are by split, and of the images in `shared.subset` under VAL_SUBSET.
+    The sums are by split, and of the images in `shared.subset` under VAL_SUBSET; under SILENT those of silent maps.
     """
     dataset, cfg = shared.dataset, shared.cfg
     totals: dict[str, Counts] = {}
@@ -153,6 +169,7 @@ def infer_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> 
             with atomic_write(path) as handle:
                 np.savez(handle, keys=keys, cam=cam)
             loaded = keys, cam
+        add_counts(totals, {f"{SILENT}{split}": silent_counts(loaded[1])})
         if dataset.has_masks(split):
             keys, cam = loaded
             mask = dataset.mask(image_id, split=split)
