@@ -82,11 +82,14 @@ def pcm(cam_NChw: Tensor, feature_NDhw: Tensor) -> Tensor:
 
     Dividing the product by the column sums equals dividing the (hw,hw) matrix first, without its second copy. Columns
     are independent: where no gradient needs the matrix again, they come in blocks of at most PCM_BLOCK of its entries.
+    With gradient they are not cut at all: a cut adds the gradient up in another order, which is another training.
     """
     q_NDP = feature_NDhw.flatten(2)
     q_NDP = q_NDP / (torch.linalg.vector_norm(q_NDP, dim=1, keepdim=True) + EPS)
     cam_NCP, num_cells = cam_NChw.flatten(2), q_NDP.shape[2]
-    step = num_cells if q_NDP.requires_grad else max(1, PCM_BLOCK // num_cells)
+    if q_NDP.requires_grad:
+        return _spread(cam_NCP, q_NDP, q_NDP).view_as(cam_NChw)
+    step = max(1, PCM_BLOCK // num_cells)
     spread = [_spread(cam_NCP, q_NDP, q_NDP[..., i : i + step]) for i in range(0, num_cells, step)]
     return torch.cat(spread, dim=2).view_as(cam_NChw)
 

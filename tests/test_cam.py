@@ -112,6 +112,26 @@ def test_pcm_in_blocks_is_the_whole(monkeypatch, block):
     assert columns[-1] == 30, "with a gradient all columns are kept anyway"
 
 
+def test_the_gradient_of_the_pcm_is_summed_as_it_always_was():
+    """Cutting the columns, even into one piece, changes its last bits: trainings would end elsewhere, under one key."""
+    gen = torch.Generator().manual_seed(7)
+    cam, seen = torch.rand(4, 5, 12, 12, generator=gen), torch.randn(4, 64, 12, 12, generator=gen)
+    towards = torch.randn(cam.shape, generator=gen)
+
+    def plain(feature):
+        q = feature.flatten(2)
+        q = q / (torch.linalg.vector_norm(q, dim=1, keepdim=True) + 1e-5)
+        similarity = F.relu(q.transpose(1, 2) @ q)
+        return ((cam.flatten(2) @ similarity) / (similarity.sum(dim=1, keepdim=True) + 1e-5)).view_as(cam)
+
+    gradients = []
+    for function in (plain, lambda feature: pcm(cam, feature)):
+        feature = seen.clone().requires_grad_()
+        (function(feature) * towards).sum().backward()
+        gradients.append(feature.grad)
+    assert torch.equal(*gradients)
+
+
 def test_max_norm_gradient():
     x = torch.randn(1, 2, 3, 4, generator=torch.Generator().manual_seed(3), dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(max_norm, x)
