@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,8 +67,11 @@ def study_of(study: StudyConfig, twin: Twin) -> StudyConfig:
 
 def metric_of(metric: str) -> str:
     """A metric on the split of the scenes that stands for its own: `seed_miou_third` is `seed_miou_train`."""
-    product, found, split = metric.partition("_miou_")
-    return f"{product}{found}{SPLITS.get(split, 'val' if product == 'seg' else 'train')}" if found else metric
+    found = re.fullmatch(r"(\w+?)(_miou_|_maps_)(.+)", metric)  # mIoU, and the share of silent maps
+    if found is None:
+        return metric
+    product, kind, split = found.groups()
+    return f"{product}{kind}{SPLITS.get(split, 'val' if product == 'seg' else 'train')}"
 
 
 def extras(study: StudyConfig, twin: Twin) -> Mapping[str, Any]:

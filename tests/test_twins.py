@@ -100,9 +100,16 @@ def test_one_trial_has_the_twin_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("twin", ["tiny", "scenes"])
 def test_metrics_are_those_of_the_splits_that_stand_for_the_studys_own(twin: Twin) -> None:
-    columns = ["seed_miou_train_aug", "seed_miou_third", "seg_miou_test", "seg_miou_val", "bg_score"]
+    columns = [
+        "seed_miou_train_aug",
+        "seed_miou_third",
+        "seg_miou_test",
+        "seg_miou_val",
+        "bg_score",
+        "silent_maps_third",
+    ]
     config = study({"kind": "list", "variants": [{"name": "a"}]}, metric="mask_miou_third", columns=columns)
     small = study_of(config, twin)
     assert small.metric == "mask_miou_train"
-    assert small.columns == ["seed_miou_train", "seg_miou_val", "bg_score"]
+    assert small.columns == ["seed_miou_train", "seg_miou_val", "bg_score", "silent_maps_train"]
     assert study_of(config, "full") == config
