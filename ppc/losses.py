@@ -1,13 +1,13 @@
 """Classification and SEAM losses: one pure function each, and SEAM's four terms together (METHOD 3, 4.2).
 
-Shapes: N local images, K foreground classes, C = K+1 channels with background, H W pixels, h w the grid of the target
-view. Each loss is a sum over the local images divided by `num_images_global`, the images of all workers: the sum over
-workers is the value that one worker would get. Maps come in float32 or float64, outside autocast.
+Shapes: N local images, K foreground classes, C = K+1 channels with background, P those of them that images show, H W
+pixels, h w a grid. Each loss is a sum over the local images divided by `num_images_global`, the images of all workers:
+the sum over workers is the value that one worker would get. Maps come in float32 or float64, outside autocast.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,16 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ppc.cam import fill_background, foreground, max_norm, one_hot_max
+from ppc.resizing import resize, resized_mean
 
 MIN_POOL_DIVISOR = 4  # the quarter of the pixels with the lowest response
 ECR_TOP_SHARE = 0.2  # the fifth of an image's entries with the largest gap
 
 
 class ViewMaps(NamedTuple):
-    """What SEAM's net returns for one view, at any size: the CAM and its PCM-refined form."""
+    """What SEAM's net returns for one view, the CAM and its PCM-refined form, and the size that its losses look at."""
 
-    cam_NCHW: Tensor
-    refined_NCHW: Tensor
+    cam_NChw: Tensor
+    refined_NChw: Tensor
+    size: tuple[int, int]  # (H, W)
 
 
 def classification_loss(logit_NK: Tensor, label_NK: Tensor, *, num_images_global: int) -> Tensor:
@@ -43,12 +45,15 @@ def min_pool_loss(refined_NKHW: Tensor, *, num_images_global: int) -> Tensor:
     return F.relu(top_NP.topk(k, dim=1, largest=False, sorted=False).values).sum() / (k * num_images_global)
 
 
-def er_loss(source_NKhw: Tensor, target_NKhw: Tensor, *, num_images_global: int, valid_Nhw: Tensor | None) -> Tensor:
+def er_loss(
+    source_NPhw: Tensor, target_NPhw: Tensor, *, num_classes: int, num_images_global: int, valid_Nhw: Tensor | None
+) -> Tensor:
     """SEAM's equivariant regularisation: mean gap between the views' foreground maps (METHOD 4.2).
 
-    Cells that are False in `valid_Nhw` take no part: an image's mean is over its valid cells, then over the images.
+    The mean is over all `num_classes`; classes that are 0 in both views may be left out of the maps. Cells that are
+    False in `valid_Nhw` take no part: an image's mean is over its valid cells, then over the images.
     """
-    gap_Nhw = (source_NKhw - target_NKhw).abs().mean(dim=1)
+    gap_Nhw = (source_NPhw - target_NPhw).abs().sum(dim=1) / num_classes
     if valid_Nhw is None:
         return gap_Nhw.mean(dim=(1, 2)).sum() / num_images_global
     weight_Nhw = valid_Nhw.to(gap_Nhw)
@@ -56,18 +61,22 @@ def er_loss(source_NKhw: Tensor, target_NKhw: Tensor, *, num_images_global: int,
     return per_image_N.sum() / num_images_global
 
 
-def ecr_loss(one_hot_NChw: Tensor, refined_NChw: Tensor, *, num_images_global: int, valid_Nhw: Tensor | None) -> Tensor:
+def ecr_loss(
+    one_hot_NPhw: Tensor, refined_NPhw: Tensor, *, num_channels: int, num_images_global: int, valid_Nhw: Tensor | None
+) -> Tensor:
     """SEAM's equivariant cross regularisation, one direction: mean of an image's largest gaps (METHOD 4.2).
 
-    `one_hot_NChw` is one view's CAM, detached; `refined_NChw` the other's refined CAM. The fifth is taken of an image's
-    entries in valid cells, and so is its mean; then the mean over the images.
+    `one_hot_NPhw` is one view's CAM, detached; `refined_NPhw` the other's refined CAM. The fifth is taken of an image's
+    entries in valid cells, and so is its mean; then the mean over the images. Entries of all `num_channels` count;
+    channels that are 0 in both maps may be left out of them, since a gap of 0 adds nothing.
     """
-    gap_NChw = (one_hot_NChw - refined_NChw).abs()
-    total = gap_NChw.new_zeros(())
-    for index, gap_Chw in enumerate(gap_NChw):
-        entries = gap_Chw.flatten() if valid_Nhw is None else gap_Chw[:, valid_Nhw[index]].flatten()
-        k = int(len(entries) * ECR_TOP_SHARE)
-        total = total + entries.topk(k, sorted=False).values.sum() / max(k, 1)  # no valid cell: no part in the loss
+    gap_NPhw = (one_hot_NPhw - refined_NPhw).abs()
+    total = gap_NPhw.new_zeros(())
+    for index, gap_Phw in enumerate(gap_NPhw):
+        entries_PE = gap_Phw.flatten(1) if valid_Nhw is None else gap_Phw[:, valid_Nhw[index]]
+        k = int(num_channels * entries_PE.shape[1] * ECR_TOP_SHARE)
+        largest = entries_PE.flatten().topk(min(k, entries_PE.numel()), sorted=False).values
+        total = total + largest.sum() / max(k, 1)  # no valid cell: no part in the loss
     return total / num_images_global
 
 
@@ -75,6 +84,21 @@ def with_background_label(label_NK: Tensor, *, bg_channel: int = 0) -> Tensor:
     """The image labels (N,C) with the 1 of the background, which every image has."""
     ones_N1 = torch.ones_like(label_NK[:, :1])
     return torch.cat([label_NK[:, :bg_channel], ones_N1, label_NK[:, bg_channel:]], dim=1)
+
+
+def shown_channels(label_NC: Tensor, *, first: Sequence[int], max_tags: int | None = None) -> tuple[Tensor, Tensor]:
+    """Channels (N,P) that are not 0 once maps are multiplied by the labels, and their labels (N,P).
+
+    `first` come first, in this order, present or not; then the classes of the image; then, up to the width of the
+    batch, classes that it has not. `max_tags` is the most classes of one image: None counts, which makes a GPU wait.
+    """
+    most = int(label_NC.sum(dim=1).max()) if max_tags is None else max_tags + 1
+    priority_NC = label_NC.clone()
+    for place, channel in enumerate(first):
+        priority_NC[:, channel] = len(first) + 1 - place
+    order_NC = priority_NC.argsort(dim=1, descending=True, stable=True)
+    channels_NP = order_NC[:, : len(first) + max(most - 1, 1)]
+    return channels_NP, label_NC.gather(1, channels_NP)
 
 
 def seam_losses(
@@ -87,33 +111,50 @@ def seam_losses(
     valid_Nhw: Tensor | None,
     bg_channel: int = 0,
     keep_channel: int = 0,
+    max_tags: int | None = None,
 ) -> dict[str, Tensor]:
     """SEAM's terms `cls`, `min_pool`, `er` and `ecr`; L_SEAM is their sum (METHOD 4.2).
 
-    `to_target` takes a map of the source view to the target's grid: a resize with aligned corners, then the view's
+    `to_target` takes a map of the source view's size to the target's: a resize with aligned corners, then the view's
     transformation. `keep_channel` is the channel that the one-hot leaves alone: the background (see `one_hot_max`).
+
+    But for `cls` the terms see maps times the image labels, and absent classes are exact zeros in all of them. So maps
+    are brought to full size for the background and the classes of each image alone: a few channels of the 21.
+    `max_tags` as in `shown_channels`.
     """
-    y_NC11 = with_background_label(label_NK, bg_channel=bg_channel).to(source.cam_NCHW)[:, :, None, None]
+    y_NC = with_background_label(label_NK, bg_channel=bg_channel).to(source.cam_NChw)
+    first = [bg_channel] if keep_channel == bg_channel else [bg_channel, keep_channel]
+    channels_NP, y_NP = shown_channels(y_NC, first=first, max_tags=max_tags)
+    y_NP11, keep = y_NP[:, :, None, None], len(first) - 1  # from here on background is channel 0
 
-    def view_terms(view: ViewMaps) -> tuple[Tensor, Tensor]:
-        logit_NK = foreground(view.cam_NCHW.mean(dim=(2, 3))[..., None], bg_channel=bg_channel)[..., 0]
-        cls = classification_loss(logit_NK, label_NK, num_images_global=num_images_global)
-        present_NKHW = foreground(view.refined_NCHW * y_NC11, bg_channel=bg_channel)
-        return cls, min_pool_loss(present_NKHW, num_images_global=num_images_global)
+    def cls(view: ViewMaps) -> Tensor:
+        logit_NK = foreground(resized_mean(view.cam_NChw, view.size)[..., None], bg_channel=bg_channel)[..., 0]
+        return classification_loss(logit_NK, label_NK, num_images_global=num_images_global)
 
-    def one_hot(cam_NChw: Tensor) -> Tensor:
-        return one_hot_max(fill_background(cam_NChw.detach(), bg_channel=bg_channel), keep_channel=keep_channel)
+    def shown(map_NChw: Tensor, size: tuple[int, int]) -> Tensor:
+        return resize(map_NChw.take_along_dim(channels_NP[:, :, None, None], dim=1), size)
 
-    cls_s, min_pool_s = view_terms(source)
-    cls_t, min_pool_t = view_terms(target)
-    cam_s, cam_t = to_target(max_norm(source.cam_NCHW)) * y_NC11, max_norm(target.cam_NCHW) * y_NC11
-    refined_s, refined_t = to_target(max_norm(source.refined_NCHW)) * y_NC11, max_norm(target.refined_NCHW) * y_NC11
-    fg_s, fg_t = foreground(cam_s, bg_channel=bg_channel), foreground(cam_t, bg_channel=bg_channel)
-    ecr_s = ecr_loss(one_hot(cam_t), refined_s, num_images_global=num_images_global, valid_Nhw=valid_Nhw)
-    ecr_t = ecr_loss(one_hot(cam_s), refined_t, num_images_global=num_images_global, valid_Nhw=valid_Nhw)
+    def min_pool(refined_NPHW: Tensor) -> Tensor:
+        return min_pool_loss(foreground(refined_NPHW * y_NP11), num_images_global=num_images_global)
+
+    def ecr(cam_NPhw: Tensor, refined_NPhw: Tensor) -> Tensor:
+        one_hot_NPhw = one_hot_max(fill_background(cam_NPhw.detach()), keep_channel=keep)
+        return ecr_loss(
+            one_hot_NPhw, refined_NPhw, num_channels=y_NC.shape[1], num_images_global=num_images_global,
+            valid_Nhw=valid_Nhw,
+        )  # fmt: skip
+
+    raw_s, raw_t = shown(source.refined_NChw, source.size), shown(target.refined_NChw, target.size)
+    cam_s = to_target(max_norm(shown(source.cam_NChw, source.size))) * y_NP11
+    cam_t = max_norm(shown(target.cam_NChw, target.size)) * y_NP11
+    refined_s, refined_t = to_target(max_norm(raw_s)) * y_NP11, max_norm(raw_t) * y_NP11
+    er = er_loss(
+        foreground(cam_s), foreground(cam_t), num_classes=label_NK.shape[1], num_images_global=num_images_global,
+        valid_Nhw=valid_Nhw,
+    )  # fmt: skip
     return {
-        "cls": (cls_s + cls_t) / 2,
-        "min_pool": (min_pool_s + min_pool_t) / 2,
-        "er": er_loss(fg_s, fg_t, num_images_global=num_images_global, valid_Nhw=valid_Nhw),
-        "ecr": ecr_s + ecr_t,  # a sum, unlike the halves above
+        "cls": (cls(source) + cls(target)) / 2,
+        "min_pool": (min_pool(raw_s) + min_pool(raw_t)) / 2,
+        "er": er,
+        "ecr": ecr(cam_t, refined_s) + ecr(cam_s, refined_t),  # a sum, unlike the halves above
     }

@@ -23,9 +23,10 @@ from ppc.losses import ViewMaps, classification_loss, seam_losses
 from ppc.mining import pixel_keys
 from ppc.nets import CamNet, CamOutput
 from ppc.prototypes import Workers
+from ppc.resizing import resize
 from ppc.saliency import saliency_loss
 from ppc.seeding import derive_seed
-from ppc.views import Warp, draw_warp, resize
+from ppc.views import Warp, draw_warp
 
 BG = 0  # channel of the background
 
@@ -44,6 +45,7 @@ class Step:
     label_NK: Tensor
     num_images_global: int
     saliency: tuple[Tensor, Tensor | None] | None = None  # (N,1,H,W) of both views in [0, 1], where the method has them
+    max_tags: int | None = None  # the most classes of one image; None: counted, for which a GPU is waited for
 
 
 @dataclass(frozen=True)
@@ -78,8 +80,8 @@ def cam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
 def seam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
     """SEAM (METHOD 4.2), on maps brought to the size of each view's input."""
     assert step.target is not None and step.source.refined is not None and step.target.refined is not None
-    source = ViewMaps(*(resize(_wide(x), step.source_size) for x in (step.source.cam, step.source.refined)))
-    target = ViewMaps(*(resize(_wide(x), step.target_size) for x in (step.target.cam, step.target.refined)))
+    source = ViewMaps(_wide(step.source.cam), _wide(step.source.refined), step.source_size)
+    target = ViewMaps(_wide(step.target.cam), _wide(step.target.refined), step.target_size)
     return seam_losses(
         source,
         target,
@@ -88,7 +90,8 @@ def seam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
         bg_channel=BG,
         keep_channel=BG,
         num_images_global=step.num_images_global,
-        valid_Nhw=step.warp.grid_valid(*step.target_size, like=source.cam_NCHW),
+        valid_Nhw=step.warp.grid_valid(*step.target_size, like=source.cam_NChw),
+        max_tags=step.max_tags,
     )
 
 
@@ -107,9 +110,10 @@ def eps_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
 def eps_seam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
     """EPS with SEAM's terms at the size of the features, as PPC-EPS has them (METHOD 7)."""
     assert step.target is not None and step.source.refined is not None and step.target.refined is not None
-    source = ViewMaps(_wide(step.source.cam), _wide(step.source.refined))
-    target = ViewMaps(_wide(step.target.cam), _wide(step.target.refined))
-    h, w = target.cam_NCHW.shape[2:]
+    h, w = step.target.cam.shape[2:]
+    source_h, source_w = step.source.cam.shape[2:]
+    source = ViewMaps(_wide(step.source.cam), _wide(step.source.refined), (source_h, source_w))
+    target = ViewMaps(_wide(step.target.cam), _wide(step.target.refined), (h, w))
     keep = BG if cfg.ecr_keeps == "background" else BG + 1
     return {
         **seam_losses(
@@ -120,10 +124,11 @@ def eps_seam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
             bg_channel=BG,
             keep_channel=keep,
             num_images_global=step.num_images_global,
-            valid_Nhw=step.warp.grid_valid(h, w, like=target.cam_NCHW),
+            valid_Nhw=step.warp.grid_valid(h, w, like=target.cam_NChw),
+            max_tags=step.max_tags,
         ),
-        "saliency": _saliency(step, cfg, [source.cam_NCHW, target.cam_NCHW]),
-        "saliency_refined": _saliency(step, cfg, [source.refined_NCHW, target.refined_NCHW]),
+        "saliency": _saliency(step, cfg, [source.cam_NChw, target.cam_NChw]),
+        "saliency_refined": _saliency(step, cfg, [source.refined_NChw, target.refined_NChw]),
     }
 
 
@@ -259,7 +264,15 @@ class Losses:
             if saliency is not None:
                 saliency = (saliency[0], warp.apply(resize(saliency[0], size)))
         made = Step(
-            source, target, tuple(image.shape[2:]), size, warp, label_NK, len(image) * self.num_workers, saliency
+            source,
+            target,
+            source_size=tuple(image.shape[2:]),
+            target_size=size,
+            warp=warp,
+            label_NK=label_NK,
+            num_images_global=len(image) * self.num_workers,
+            saliency=saliency,
+            max_tags=int(batch["label_NK"].sum(dim=1).max()),
         )
         with torch.autocast(device.type, enabled=False):
             terms = method.terms(made, cfg.method)

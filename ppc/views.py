@@ -41,13 +41,6 @@ class Warp:
         return x_NCHW
 
 
-def resize(x_NCHW: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resize with aligned corners; the input itself when the size is already right."""
-    if tuple(x_NCHW.shape[-2:]) == tuple(size):
-        return x_NCHW
-    return F.interpolate(x_NCHW, size, mode="bilinear", align_corners=True)
-
-
 def draw_warp(seeds_N: Sequence[int], *, size_px: int, flip: bool, rotate_deg: float, translate_px: int) -> Warp:
     """Draw each image's mirror, rotation and shift from its own seed alone.
 

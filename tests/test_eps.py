@@ -46,7 +46,8 @@ def test_equivariance_on_eps_is_the_official_one(name: str) -> None:
     t = {k: torch.from_numpy(g[v]).double().requires_grad_() for k, v in names.items()}
     size = t["cam2"].shape[2:]
     losses = seam_losses(
-        ViewMaps(t["cam1"], t["rv1"]), ViewMaps(t["cam2"], t["rv2"]), torch.from_numpy(g["label_bg_last"][:, :LAST]),
+        *(ViewMaps(t[f"cam{v}"], t[f"rv{v}"], tuple(t[f"cam{v}"].shape[2:])) for v in "12"),
+        torch.from_numpy(g["label_bg_last"][:, :LAST]),
         to_target=lambda x: F.interpolate(x, size, mode="bilinear", align_corners=True),
         num_images_global=len(t["cam1"]), valid_Nhw=None, bg_channel=LAST, keep_channel=0,
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from conftest import golden
 from torch import Tensor
 
-from ppc.cam import fill_background, max_norm, one_hot_max
+from ppc.cam import fill_background, foreground, max_norm, one_hot_max
 from ppc.losses import (
     ViewMaps,
     classification_loss,
@@ -19,6 +20,7 @@ from ppc.losses import (
     er_loss,
     min_pool_loss,
     seam_losses,
+    shown_channels,
     with_background_label,
 )
 
@@ -46,9 +48,14 @@ def resize_to(size: tuple[int, int]):
     return lambda x: F.interpolate(x, size, mode="bilinear", align_corners=True)
 
 
+def view_maps(t: dict[str, Tensor]) -> list[ViewMaps]:
+    """Maps that have the size of their view already."""
+    return [ViewMaps(t[f"cam{v}"], t[f"rv{v}"], tuple(t[f"cam{v}"].shape[2:])) for v in "12"]
+
+
 def losses(t: dict[str, Tensor], label: Tensor, size: tuple[int, int], total: int, valid=None) -> dict[str, Tensor]:
     return seam_losses(
-        ViewMaps(t["cam1"], t["rv1"]), ViewMaps(t["cam2"], t["rv2"]), label,
+        *view_maps(t), label,
         to_target=resize_to(size), num_images_global=total, valid_Nhw=valid,
     )  # fmt: skip
 
@@ -104,8 +111,9 @@ def test_each_part_is_the_official_one(name):
     close(hot2, data["cam2_norm_bg"], 1e-5)
     close(r1, data["cam_rv1_norm_down"], 1e-5)
     close(r2, data["cam_rv2_norm"], 1e-5)
-    close(ecr_loss(hot2, r1, num_images_global=n, valid_Nhw=None), data["loss_ecr1"], 1e-5)
-    close(ecr_loss(hot1, r2, num_images_global=n, valid_Nhw=None), data["loss_ecr2"], 1e-5)
+    for hot, refined, key in ((hot2, r1, "loss_ecr1"), (hot1, r2, "loss_ecr2")):
+        ecr = ecr_loss(hot, refined, num_channels=hot.shape[1], num_images_global=n, valid_Nhw=None)
+        close(ecr, data[key], 1e-5)
 
 
 def drawn(seed: int, n: int = 3, c: int = 5, hw: tuple[int, int] = (6, 7)) -> tuple[dict[str, Tensor], Tensor]:
@@ -162,8 +170,8 @@ def test_losses_equal_their_loops(seed):
     valid = torch.rand(3, 5, 6, generator=gen) < 0.5
     for mask in (valid, None):
         cells = torch.ones_like(valid) if mask is None else mask
-        er = er_loss(a, b, num_images_global=3, valid_Nhw=mask)
-        ecr = ecr_loss(a, b, num_images_global=3, valid_Nhw=mask)
+        er = er_loss(a, b, num_classes=4, num_images_global=3, valid_Nhw=mask)
+        ecr = ecr_loss(a, b, num_channels=4, num_images_global=3, valid_Nhw=mask)
         assert float(er) == pytest.approx(slow_gaps(a, b, cells, 1.0), rel=1e-12)
         assert float(ecr) == pytest.approx(slow_gaps(a, b, cells, 0.2), rel=1e-12)
     assert float(min_pool_loss(a, num_images_global=3)) == pytest.approx(slow_min_pool(a), rel=1e-12)
@@ -183,7 +191,7 @@ def test_a_full_mask_changes_nothing_and_masked_cells_do_not_matter():
     valid = full.clone()
     valid[0, 2:4], valid[1] = False, False  # a part of an image, and a whole one
     other = torch.where(valid[:, None], a, a + 100)
-    for loss in (er_loss, ecr_loss):
+    for loss in (partial(er_loss, num_classes=5), partial(ecr_loss, num_channels=5)):
         value = loss(a, b, num_images_global=3, valid_Nhw=valid)
         assert torch.isfinite(value)
         assert value == loss(other, b, num_images_global=3, valid_Nhw=valid)
@@ -203,7 +211,7 @@ def test_background_last_is_a_permutation():
     t, label = drawn(3)
     last = {k: torch.cat([v[:, 1:], v[:, :1]], 1) for k, v in t.items()}
     terms = seam_losses(
-        ViewMaps(last["cam1"], last["rv1"]), ViewMaps(last["cam2"], last["rv2"]), label,
+        *view_maps(last), label,
         to_target=resize_to((6, 7)), num_images_global=3, valid_Nhw=None, bg_channel=4, keep_channel=4,
     )  # fmt: skip
     for key, value in losses(t, label, (6, 7), 3).items():
@@ -215,3 +223,63 @@ def test_inputs_stay_as_they_are():
     before = {k: v.detach().clone() for k, v in t.items()}, label.clone()
     losses(t, label, (6, 7), 3, torch.rand(3, 6, 7) < 0.5)
     assert all(torch.equal(t[k], v) for k, v in before[0].items()) and torch.equal(label, before[1])
+
+
+def seam_on_all_channels(t, label, sizes, *, bg: int, keep: int) -> dict[str, Tensor]:
+    """METHOD 4.2 as it is written: every channel at full size, absent ones times their label of 0."""
+    y = with_background_label(label, bg_channel=bg).to(t["cam1"])[:, :, None, None]
+    full = {k: resize_to(sizes[int(k[-1]) - 1])(v) for k, v in t.items()}
+    at = {k: (resize_to(sizes[1])(max_norm(v)) if k[-1] == "1" else max_norm(v)) * y for k, v in full.items()}
+    fg = {k: foreground(v, bg_channel=bg) for k, v in at.items()}
+    hot = {k: one_hot_max(fill_background(at[k], bg_channel=bg), keep_channel=keep).detach() for k in ("cam1", "cam2")}
+    n, channels = len(label), y.shape[1]
+    pooled = [min_pool_loss(foreground(full[f"rv{v}"] * y, bg_channel=bg), num_images_global=n) for v in "12"]
+    logits = [foreground(full[f"cam{v}"], bg_channel=bg).mean((2, 3)) for v in "12"]
+    ecr = partial(ecr_loss, num_channels=channels, num_images_global=n, valid_Nhw=None)
+    return {
+        "cls": sum(classification_loss(x, label, num_images_global=n) for x in logits) / 2,
+        "min_pool": sum(pooled) / 2,
+        "er": (fg["cam1"] - fg["cam2"]).abs().mean(),
+        "ecr": ecr(hot["cam2"], at["rv1"]) + ecr(hot["cam1"], at["rv2"]),
+    }
+
+
+@pytest.mark.parametrize(("bg", "keep"), [(0, 0), (8, 8), (0, 1), (8, 0)])
+def test_leaving_absent_classes_out_changes_nothing(bg, keep):
+    """Values and gradients; images with all classes, one, some and none; maps below the size of their view."""
+    gen = torch.Generator().manual_seed(6)
+    grids = {"cam1": (5, 6), "rv1": (5, 6), "cam2": (3, 4), "rv2": (3, 4)}
+    t = {k: torch.randn(4, 9, *grid, generator=gen, dtype=torch.float64) for k, grid in grids.items()}
+    t = {k: (v.relu() if k.startswith("rv") else v).requires_grad_() for k, v in t.items()}
+    label = torch.zeros(4, 8, dtype=torch.int64)
+    label[0], label[1, 3], label[2, [0, 2, 7]] = 1, 1, 1
+    sizes = (13, 11), (7, 6)
+    whole = seam_on_all_channels(t, label, sizes, bg=bg, keep=keep)
+    for max_tags in (None, 8):
+        terms = seam_losses(
+            *(ViewMaps(t[f"cam{v}"], t[f"rv{v}"], size) for v, size in zip("12", sizes, strict=True)), label,
+            to_target=resize_to(sizes[1]), num_images_global=4, valid_Nhw=None, bg_channel=bg, keep_channel=keep,
+            max_tags=max_tags,
+        )  # fmt: skip
+        for key, value in whole.items():
+            torch.testing.assert_close(terms[key], value, rtol=1e-12, atol=0)
+            for leaf, gradient in gradients(value, t).items():
+                torch.testing.assert_close(gradients(terms[key], t)[leaf], gradient, rtol=1e-9, atol=1e-15)
+
+
+def test_images_without_any_class_have_their_losses():
+    t, label = drawn(7)
+    terms = losses(t, torch.zeros_like(label), (6, 7), 3)
+    assert terms["er"].item() == 0 and all(torch.isfinite(v) for v in terms.values())
+
+
+def test_shown_channels_are_the_background_and_the_classes_of_an_image():
+    label = torch.tensor([[1, 0, 0, 1, 1], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0]])
+    channels, shown = shown_channels(label, first=[0])
+    assert channels.tolist() == [[0, 3, 4], [0, 1, 2], [0, 1, 2]] and shown.tolist() == [
+        [1, 1, 1],
+        [1, 0, 0],
+        [1, 1, 0],
+    ]
+    assert torch.equal(shown_channels(label, first=[0], max_tags=2)[0], channels)
+    assert shown_channels(label[1:2], first=[0, 4])[0].tolist() == [[0, 4, 1]]

@@ -26,7 +26,7 @@ from ppc.methods import (
 from ppc.nets import CamNet
 from ppc.optim import make_sgd, param_groups
 from ppc.prototypes import ALONE
-from ppc.views import resize
+from ppc.resizing import resize
 
 OFF: dict[str, Any] = {"contrast.prototype_top_k": 0}
 TERMS = {
@@ -243,7 +243,7 @@ def test_plain_seam_and_cam_are_what_the_equations_say() -> None:
     assert warp.flip_N is not None and warp.flip_N.any() and not warp.flip_N.all()
     with torch.no_grad():
         outs = [(net(x), tuple(x.shape[2:])) for x in (image, small)]
-        maps = [ViewMaps(resize(out.cam, size), resize(out.refined, size)) for out, size in outs]
+        maps = [ViewMaps(resize(out.cam, size), resize(out.refined, size), size) for out, size in outs]
         mirrored = warp.flip_N[:, None, None, None]
         wanted = seam_losses(
             *maps,

@@ -10,7 +10,8 @@ from tiny_run import tiny_config
 from torch import Tensor
 
 from ppc.methods import target_view
-from ppc.views import Warp, draw_warp, resize
+from ppc.resizing import resize, resized_mean
+from ppc.views import Warp, draw_warp
 
 LIKE = torch.zeros((), dtype=torch.float64)
 
@@ -31,6 +32,12 @@ def moved(angle_deg: float, dx: float, dy: float) -> Warp:
     a = math.radians(angle_deg)
     theta = [[math.cos(a), -math.sin(a), dx], [math.sin(a), math.cos(a), dy]]
     return Warp(None, torch.tensor([theta], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("size", [(5, 7), (12, 30), (3, 2), (1, 1)])
+def test_the_mean_of_a_resized_map_is_that_of_the_map_which_was_resized(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(resized_mean(x, size), resize(x, size).mean((2, 3)), rtol=1e-12, atol=1e-15)
 
 
 def test_resize_to_the_same_size_is_the_input_itself() -> None:

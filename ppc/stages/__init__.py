@@ -110,7 +110,7 @@ NETS = {
 OPTIM = {"train_cam": "train", "train_psa": "psa.train", "train_irn": "irn.train", "train_seg": "segmentation.train"}
 
 STAGES: dict[str, Stage] = {
-    "train_cam": Stage(train_cam, 1, TRAIN_READS, train_contents),
+    "train_cam": Stage(train_cam, 2, TRAIN_READS, train_contents),
     "make_seeds": Stage(make_seeds, 1, ("seeds",), seed_splits, needs=("train_cam",)),
     "refine_crf": Stage(refine_crf, 1, ("crf",), seed_splits, needs=("make_seeds",)),
     "train_irn": Stage(train_irn, 1, ("seed", "data", "irn"), irn_contents, needs=("make_seeds",)),
