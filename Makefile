@@ -28,6 +28,7 @@ soak: setup ## 60 trials under random kills of their processes and of the launch
 
 bench: setup ## what is measured on CPUs, as ratios in one run; bench/RESULTS.md keeps what was measured
 	$(BIN)/python bench/contrast.py
+	$(BIN)/python bench/seam.py
 	$(BIN)/python bench/curve.py
 	$(BIN)/python bench/walks.py
 	$(BIN)/python bench/pcm.py

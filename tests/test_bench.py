@@ -14,6 +14,7 @@ import inputs
 import numpy as np
 import pcm
 import pytest
+import seam
 import torch
 
 from ppc.cam import pcm as our_pcm
@@ -49,6 +50,16 @@ def test_pcm(monkeypatch):
     monkeypatch.setattr("ppc.cam.PCM_BLOCK", 100)
     with torch.inference_mode():
         torch.testing.assert_close(our_pcm(*inputs_), pcm.both_images(*inputs_), rtol=1e-5, atol=1e-6)
+
+
+def test_seam():
+    case = seam.make_case(3, 40, 24, 8)
+    leaves = [*case.cam, *case.refined]
+    sides = [seam.ours(case), seam.reference(case)]
+    torch.testing.assert_close(*sides, rtol=1e-5, atol=0)
+    for ours, theirs in zip(*(torch.autograd.grad(loss, leaves) for loss in sides), strict=True):
+        assert theirs.abs().max() > 0
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6 * float(theirs.abs().max()))
 
 
 def test_crf():
