@@ -148,14 +148,16 @@ def read_rows(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
 def missing(rows: list[TrialRow], keep: frozenset[str] = frozenset(), *, stopped: bool = False) -> list[TrialRow]:
     """Trials that a launch has to run: all that are neither finished nor at work somewhere, each key once.
 
-    One that was stopped early is not among them, unless its key is in `keep` or all `stopped` ones are asked for.
+    Seed by seed: a launch that is cut off leaves all variants with fewer seeds, and not fewer variants. One that was
+    stopped early is not among them, unless its key is in `keep` or all `stopped` ones are asked for.
     """
     found: dict[str, TrialRow] = {}
     for row in rows:
         wanted = row.state != STOPPED or stopped or row.key in keep
         if wanted and row.state not in (FINISHED, RUNNING):
             found.setdefault(row.key, row)
-    return list(found.values())
+    place = {seed: index for index, seed in enumerate(dict.fromkeys(row.seed for row in rows))}
+    return sorted(found.values(), key=lambda row: place[row.seed])
 
 
 def counts(rows: list[TrialRow]) -> dict[str, int]:
