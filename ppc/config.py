@@ -137,6 +137,9 @@ class ContrastConfig(Section):
     )
     intra_mean: Literal["class", "pixel"] = Field("class", description="6.6 #10: mean over classes, or over all pixels")
     view_reduction: Literal["mean", "sum"] = Field("mean", description="6.6 #7: the two views' terms")
+    start_after: Fraction = Field(
+        0, ge=0, lt=1, description="share of the steps that the baseline trains alone, before the terms count"
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -314,6 +317,8 @@ class TrialConfig(Section):
                 unread |= {"negative_pool", "negative_sample"}
             if self.contrast.hard_pixels != "official":
                 unread.add("hard_pool")
+            if self.contrast.start_after == 0:
+                unread.add("start_after")  # trials from before it was there keep their keys
             if self.method.name in ONE_VIEW:
                 unread.add("map_source")  # there is no refined map
         elif section == "seeds":

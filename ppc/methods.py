@@ -7,6 +7,7 @@ A method is a line in METHODS; contrast is a regulariser that any of them can ha
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -237,11 +238,15 @@ def net_normalisation(net: CamNet) -> Normalisation:
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss of one batch, as `train.fit` wants it: this worker's share of the weighted sum and of each term."""
+    """The loss of one batch, as `train.fit` wants it: this worker's share of the weighted sum and of each term.
+
+    Before step `contrast_from` the contrast's terms are told and do not count.
+    """
 
     cfg: TrialConfig
     workers: Workers
     num_workers: int
+    contrast_from: int = 0
 
     def __call__(self, net: nn.Module, batch: Mapping[str, Any], step: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Forward both views, and add up the terms with the weights of the config."""
@@ -278,8 +283,10 @@ class Losses:
             terms = method.terms(made, cfg.method)
             weights = {name: getattr(cfg.method, f"{name}_weight") for name in terms}
             if cfg.contrast.active:
-                terms |= contrast_terms_of(made, cfg.contrast, cfg.seed, step, self.workers, self.num_workers)
-                weights |= {n: getattr(cfg.contrast, f"{n}_weight") for n in CONTRAST_TERMS}
+                counts = step >= self.contrast_from
+                with nullcontext() if counts else torch.no_grad():
+                    terms |= contrast_terms_of(made, cfg.contrast, cfg.seed, step, self.workers, self.num_workers)
+                weights |= {n: counts * getattr(cfg.contrast, f"{n}_weight") for n in CONTRAST_TERMS}
             if not any(weights.values()):
                 raise ValueError(f"method.name {cfg.method.name}: all loss weights are 0, so there is nothing to train")
             total = torch.stack([weights[n] * terms[n] for n in weights if weights[n] > 0]).sum()

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny_run import ALL_VIEWS, formula_batch, tiny_config
+from tiny_run import ALL_VIEWS, cam_job, formula_batch, scenes_root, tiny_config
 from torch import Tensor
 
 from ppc.config import TrialConfig
@@ -259,6 +260,33 @@ def test_plain_seam_and_cam_are_what_the_equations_say() -> None:
     with torch.no_grad():
         logits = net(image).cam.mean((2, 3))
     torch.testing.assert_close(loss, classification_loss(logits, label, num_images_global=4))
+
+
+def test_before_its_step_contrast_is_told_and_does_not_count() -> None:
+    cfg = config("seam")
+    for at, counts in ((4, False), (5, True)):
+        net = build_net(cfg, 3, pretrained=False).double().train()
+        batch = formula_batch()
+        batch["image_N3HW"] = batch["image_N3HW"].double()
+        loss, terms = Losses(cfg, ALONE, 1, contrast_from=5)(net, batch, at)
+        loss.backward()
+        always, same = Losses(cfg, ALONE, 1)(net, batch, at)
+        assert all(terms[name] == same[name] for name in same) and terms.keys() == same.keys()
+        own = sum(getattr(cfg.method, f"{name}_weight") * terms[name] for name in TERMS["seam"])
+        torch.testing.assert_close(loss, always if counts else own, rtol=1e-12, atol=0)
+        assert ("fc_proj" in reached(net)) is counts and always > own
+
+
+@pytest.mark.parametrize(("share", "alone"), [(0, 0), (0.5, 6), (0.999, 11)])
+def test_the_step_at_which_contrast_starts_is_a_share_of_all(tmp_path: Path, share: float, alone: int) -> None:
+    job = cam_job(tiny_config({"train.epochs": 6, "contrast.start_after": share}, scenes_root(tmp_path)))
+    assert job.epochs * job.steps_per_epoch == 12
+    assert isinstance(job.losses, Losses) and job.losses.contrast_from == alone
+
+
+def test_a_contrast_that_counts_from_the_start_keeps_its_key() -> None:
+    assert "start_after" not in config("seam").decisive("contrast")
+    assert config("seam", {"contrast.start_after": 0.5}).decisive("contrast")["start_after"] == 0.5
 
 
 def test_nothing_to_train_is_said() -> None:

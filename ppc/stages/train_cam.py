@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from typing import Any
 
@@ -44,7 +45,9 @@ def make_job(payload: Payload, device: torch.device) -> Job:
         seed=cfg.seed,
         with_saliency=cfg.method.name in SALIENCY,
     )
-    losses = Losses(cfg, Workers(rank(), gather), world_size())
+    steps = cfg.train.epochs * (len(samples) // cfg.train.batch_size)
+    alone = math.floor(cfg.contrast.start_after * steps + 1e-9)  # below 1, so the last step is never alone
+    losses = Losses(cfg, Workers(rank(), gather), world_size(), contrast_from=alone)
     return job_of(net, samples, losses, cfg.train, payload, device, "train")
 
 
