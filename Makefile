@@ -36,6 +36,7 @@ bench: setup ## what is measured on CPUs, as ratios in one run; bench/RESULTS.md
 	$(BIN)/python bench/inference.py
 	$(BIN)/python bench/inputs.py
 	$(BIN)/python bench/overhead.py
+	$(BIN)/python bench/many.py
 
 test-fast: setup ## without the tests that start Ray or take long
 	$(BIN)/python -m pytest -m "not ray and not slow and not hosts and not soak"

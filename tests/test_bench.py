@@ -11,6 +11,7 @@ import crf
 import curve
 import inference
 import inputs
+import many
 import numpy as np
 import pcm
 import pytest
@@ -18,7 +19,10 @@ import seam
 import torch
 
 from ppc.cam import pcm as our_pcm
+from ppc.checks import check_trial
+from ppc.loading import load_study
 from ppc.seeding import derive_rng
+from ppc.study import expand
 
 
 def test_contrast():
@@ -83,6 +87,13 @@ def test_inputs(tmp_path):
         rng = derive_rng("augment", 0, 0, image_id)
         theirs = inputs.reference_image(dataset.image_path(image_id), rng, color_jitter=False)
         torch.testing.assert_close(samples.sample(0, image_id)["image_3HW"], theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_many_is_one_variant_of_many_seeds(tmp_path):
+    study = load_study(many.write_study(tmp_path, 3))
+    specs = expand(study, twin="tiny", check=check_trial)
+    assert [(spec.variant, spec.seed) for spec in specs] == [("tiny", 0), ("tiny", 1), ("tiny", 2)]
+    assert f"{study.name}-tiny" == many.NAME
 
 
 def test_memory_of_a_call_is_what_it_adds():
