@@ -15,7 +15,7 @@ from ppc.artifacts import Storage
 from ppc.ledger import FINISHED, read_rows
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
-STUDIES = [path for path in EXPERIMENTS if "design:" in path.read_text()]
+STUDIES = [path for path in EXPERIMENTS if "study.schema.json" in path.read_text()]
 TRIALS = [path for path in EXPERIMENTS if path not in STUDIES]
 pytestmark = pytest.mark.filterwarnings("ignore")
 

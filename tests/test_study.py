@@ -293,7 +293,7 @@ def test_tiny_keeps_variants_distinct_and_the_study_has_a_say() -> None:
 
 
 @pytest.mark.parametrize(
-    "path", [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "design:" in p.read_text()], ids=lambda p: p.name
+    "path", [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "study.schema.json" in p.read_text()], ids=lambda p: p.name
 )
 def test_every_experiment_expands_as_it_is_and_tiny(path: Path) -> None:
     config = load_study(path)
