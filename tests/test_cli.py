@@ -50,7 +50,8 @@ def ppc(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):  # 
 
 
 def test_run_local_works_with_neither_ray_nor_mlflow(tmp_path: Path) -> None:
-    words = ["run", str(TRIALS[-1]), "--tiny", "--local", "--storage", str(tmp_path)]
+    file = next(path for path in TRIALS if path.name == "scenes_seam_ppc.yaml")
+    words = ["run", str(file), "--tiny", "--local", "--storage", str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", BLOCKED, *words], capture_output=True, text=True, env=environment, timeout=200
