@@ -292,9 +292,10 @@ def test_tiny_keeps_variants_distinct_and_the_study_has_a_say() -> None:
     assert [s.config.seeds.scales for s in expand(one, twin="tiny")] == [(0.5, 1.0, 1.5, 2.0), (1.0,)]
 
 
-@pytest.mark.parametrize(
-    "path", [p for p in sorted(EXPERIMENTS.rglob("*.yaml")) if "study.schema.json" in p.read_text()], ids=lambda p: p.name
-)
+STUDIES = [path for path in sorted(EXPERIMENTS.rglob("*.yaml")) if "study.schema.json" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=lambda path: path.name)
 def test_every_experiment_expands_as_it_is_and_tiny(path: Path) -> None:
     config = load_study(path)
     full, small = expand(config), expand(config, twin="tiny")
