@@ -1,9 +1,9 @@
 """A study in MLflow: what its files say, sent by one writer. The only file that imports mlflow.
 
 Trial processes write files and nothing else. The launch process reads them every few seconds and sends what MLflow has
-not got yet, with the times at which it happened. Every step can be repeated: `tracking.json` remembers what was sent,
-and where it forgot, MLflow keeps one copy of equal points. So a slow, absent or restarted server neither stops a
-training nor costs a point: `ppc sync NAME` sends the rest at any later time.
+not got yet, with the times at which it happened. `tracking.json` remembers what was sent, but for the last seconds of a
+process that was killed. Every step can be repeated: MLflow keeps one copy of what it gets twice. So a slow, absent or
+restarted server neither stops a training nor costs a point: `ppc sync NAME` sends the rest at any later time.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import sha256
 from io import BytesIO
@@ -64,6 +65,7 @@ NOTE = "mlflow.note.content"
 NOTE_LIMIT, OLD_NOTE_LIMIT = 19_000, 4_900  # characters: MLflow refuses a tag of more than 20,000, once 5,000
 PAGE = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on runs, not on traces
 BATCH = 1000  # metrics of one request: MLflow's own limit
+SAVE_EVERY_S = 2.0  # the memory is of all trials: written after each thing sent, it would make a study's cost quadratic
 RUN_STATUS = {
     RUNNING: RUNNING, FINISHED: FINISHED, FAILED: FAILED, KILLED: KILLED, INTERRUPTED: KILLED, STOPPED: KILLED,
 }  # fmt: skip
@@ -121,6 +123,7 @@ class MlflowTracker:
         self._looked = False  # at MLflow's runs, since this process became the writer
         self._unanswered = False  # a run was asked for and no answer came: the server may make it later
         self._memory = EMPTY  # of this URI: the experiment, runs by trial key, parent runs by launch
+        self._saved_at = 0.0
 
     # -- memory: what was sent
 
@@ -133,16 +136,29 @@ class MlflowTracker:
                 self._looked = False
                 everything = read_json(self._folder / "tracking.json") or {}
                 self._memory = json.loads(json.dumps(EMPTY)) | everything.get(safe_uri(self.uri), {})
-                if self._mlflow is None or self._memory["experiment"] is None:
-                    self._connect()
-                yield
+                self._saved_at = time.monotonic()
+                try:
+                    if self._mlflow is None or self._memory["experiment"] is None:
+                        self._connect()
+                    yield
+                except BaseException:
+                    with suppress(OSError):  # the first error says more
+                        self._save()
+                    raise
+                self._save()
         except LockedError as error:
             raise TrackingError(f"another process is sending study {self.study['name']} to MLflow") from error
         except BaseException:
             self._mlflow = None  # look at everything anew next time
             raise
 
+    def _save_in_time(self) -> None:
+        """`_save`, unless it was a moment ago: `_writing` does at its end."""
+        if time.monotonic() - self._saved_at > SAVE_EVERY_S:
+            self._save()
+
     def _save(self) -> None:
+        self._saved_at = time.monotonic()
         everything = read_json(self._folder / "tracking.json") or {}
         write_json(self._folder / "tracking.json", {**everything, safe_uri(self.uri): self._memory})
 
@@ -151,7 +167,7 @@ class MlflowTracker:
         if entry["sent"].get(what) != mark:
             send()
             entry["sent"][what] = mark
-            self._save()
+            self._save_in_time()
 
     def _connect(self) -> None:
         if self.uri == default_uri(self.storage):
@@ -204,7 +220,6 @@ class MlflowTracker:
                 entry["deleted"] = run.info.lifecycle_stage == "deleted"  # by a person: it stays deleted
                 self._memory[part][name] = entry
         self._looked = True
-        self._save()
 
     def _run(self, part: str, name: str, run_name: str, tags: dict[str, str], start_ms: int | None) -> dict[str, Any]:
         """The one run of a trial or a launch, made where there is none."""
@@ -217,7 +232,6 @@ class MlflowTracker:
                 self._unanswered = True
                 raise
             self._memory[part][name] = {"id": run.info.run_id, "sent": {}, "deleted": False}
-            self._save()
         entry: dict[str, Any] = self._memory[part][name]
         return entry
 
@@ -259,7 +273,6 @@ class MlflowTracker:
                 if not launch["deleted"] and launch["sent"].get(f"file/{path.name}") != mark:
                     self._mlflow.log_text(launch["id"], text, f"report/{path.name}")
                     launch["sent"][f"file/{path.name}"] = mark
-            self._save()
 
     def _attach_picture(self, launch: dict[str, Any], path: StoragePath) -> None:
         picture = read_bytes(path)
@@ -301,7 +314,6 @@ class MlflowTracker:
                     if name == NOTE:  # a server older than 2026-08 takes 5,000 characters; its page has no views
                         self._mlflow.set_experiment_tag(self._memory["experiment"], name, _cut(value, OLD_NOTE_LIMIT))
                 before[name] = value
-                self._save()
 
     def _open_launch(self, final: bool) -> dict[str, Any]:
         names = [name for name in names_in(self._folder / "launches") if name.isdigit()]
@@ -317,7 +329,6 @@ class MlflowTracker:
         launch["seen_ms"] = now_ms()
         if not final and launch.pop("ended", None) and not launch["deleted"]:
             self._mlflow.update_run(launch["id"], RUNNING)
-        self._save()
         return launch
 
     def _close_launch(self, rows: Sequence[TrialRow], launch: dict[str, Any], final: bool) -> None:
@@ -334,7 +345,6 @@ class MlflowTracker:
             if launch.get("ended") != ended:
                 self._mlflow.set_terminated(launch["id"], ended)
                 launch["ended"] = ended
-                self._save()
 
     # -- one trial
 
@@ -365,7 +375,6 @@ class MlflowTracker:
         self._once(entry, "status", [status, ended_ms], lambda: self._set_status(run, status, ended_ms))
         if row.state != RUNNING:
             entry["sent"]["whole"] = whole
-            self._save()
 
     def _end_left_out(self, keys: set[str]) -> None:
         """End the runs of trials that are no longer of the study: no row tells of them."""
@@ -405,7 +414,6 @@ class MlflowTracker:
                     image = Image.fromarray(square(np.asarray(picture.convert("RGB"))))
                 self._mlflow.log_image(entry["id"], image, key=key, step=0, synchronous=True)
             entry["sent"][f"overlay/{path.stem}"] = 1
-            self._save()
 
     def _log(self, run: str, points: Iterable[Point] = (), tags: Mapping[str, str] | None = None) -> None:
         from mlflow.entities import Metric, RunTag
