@@ -41,6 +41,7 @@ from ppc.ledger import (
     counts,
     stage_dirs,
 )
+from ppc.mlflow_page import page_tags, send_page
 from ppc.mlflow_server import (
     QUIET,
     TrackingError,
@@ -53,7 +54,6 @@ from ppc.mlflow_server import (
     tracking_uri,
     words_of,
 )
-from ppc.mlflow_views import saved_views
 from ppc.places import LockedError, StoragePath, locked, names_in, read_bytes
 from ppc.redact import safe_uri
 from ppc.run_record import Point, is_number, metric_name
@@ -61,9 +61,6 @@ from ppc.sync_loop import NoTracker, SyncLoop, Tracker
 
 __all__ = ["MlflowTracker", "NoTracker", "SyncLoop", "Tracker", "make_tracker"]
 
-NOTE = "mlflow.note.content"
-NOTE_LIMIT, OLD_NOTE_LIMIT = 19_000, 4_900  # characters: MLflow refuses a tag of more than 20,000, once 5,000
-PAGE = {"mlflow.experimentKind": "custom_model_development"}  # the UI opens on runs, not on traces
 BATCH = 1000  # metrics of one request: MLflow's own limit
 SAVE_EVERY_S = 2.0  # the memory is of all trials: written after each thing sent, it would make a study's cost quadratic
 RUN_STATUS = {
@@ -81,13 +78,6 @@ def make_tracker(option: str | None, storage: Storage, study: dict[str, Any], la
     """
     uri = tracking_uri(option, storage)
     return NoTracker() if uri == "none" else MlflowTracker(uri, storage, study, launch)
-
-
-def _cut(text: str, limit: int) -> str:
-    """The whole lines of a text that fit, and a word when some do not."""
-    if len(text) <= limit:
-        return text
-    return text[: limit - 100].rpartition("\n")[0] + "\n\nThe rest is in the report of the newest launch."
 
 
 def _client(uri: str) -> Any:
@@ -256,7 +246,8 @@ class MlflowTracker:
                     problems.append(f"{row.label}: {words_of(error, self.uri)}")
             self._end_left_out({row.key for row in rows})
             self._close_launch(rows, launch, final)
-            self._show(note)
+            tags = page_tags(self.study, self._memory, note)
+            send_page(self._mlflow, self._memory["experiment"], tags, before=self._memory["tags"])
             if problems:
                 raise TrackingError("; ".join(problems[:3])) from cause
 
@@ -285,35 +276,6 @@ class MlflowTracker:
     def close(self) -> None:
         """See `Tracker.close`."""
         self._mlflow = None
-
-    def _show(self, note: str) -> None:
-        """Have the UI open on this study's trials, with views of what was sent of them by now and the note."""
-        pictures = {
-            f"cam/{record.image_name(what.removeprefix('overlay/'))}"
-            for entry in self._memory["runs"].values()
-            for what in entry["sent"]
-            if what.startswith("overlay/")
-        }
-        metric, factors = self.study["metric"], self.study["factors"]
-        number, made_ms = len(self.study["trials"]), self.study["created_ms"]
-        views = saved_views(factors, metric, self._memory["metrics"], sorted(pictures), number, made_ms)
-        tags = {**PAGE, "mlflow.experiment.primaryMetric.name": metric_name(f"final/{metric}"), **views}
-        self._tag_experiment(tags | ({NOTE: _cut(note, NOTE_LIMIT)} if note else {}))
-
-    def _tag_experiment(self, tags: Mapping[str, str]) -> None:
-        from mlflow.exceptions import MlflowException
-
-        before = self._memory["tags"]
-        for name, value in tags.items():
-            if value != before.get(name):
-                try:
-                    self._mlflow.set_experiment_tag(self._memory["experiment"], name, value)
-                except MlflowException as error:
-                    if error.error_code != "INVALID_PARAMETER_VALUE":
-                        raise
-                    if name == NOTE:  # a server older than 2026-08 takes 5,000 characters; its page has no views
-                        self._mlflow.set_experiment_tag(self._memory["experiment"], name, _cut(value, OLD_NOTE_LIMIT))
-                before[name] = value
 
     def _open_launch(self, final: bool) -> dict[str, Any]:
         names = [name for name in names_in(self._folder / "launches") if name.isdigit()]
