@@ -49,7 +49,8 @@ def make_case(num_images: int, side: int, *, num_fg: int = 20, dim: int = 128) -
         noise = torch.randn(num_images, num_fg + 1, side, side, generator=gen)
         maps.append(noise - 1 + 2 * torch.cat([torch.zeros(num_images, 1), label_NK], 1)[:, :, None, None])
         mixed = torch.einsum("nchw,cd->ndhw", maps[-1].relu(), centre_CD)
-        features.append((mixed + torch.randn(mixed.shape, generator=gen)).relu().requires_grad_())
+        # einsum gives channels last; a convolution on a CPU does not
+        features.append((mixed + torch.randn(mixed.shape, generator=gen)).relu().contiguous().requires_grad_())
     return Case(ContrastConfig(prototype_top_k=side * side // 8), features, maps, label_NK)
 
 
