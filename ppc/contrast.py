@@ -55,6 +55,7 @@ class PreparedViews:
     proto_VCD: Tensor
     exists_VC: Tensor  # the class has a prototype
     kept_VC: Tensor | None  # the class is in the denominators; None: each is
+    assigned_VC: Tensor  # pixels of this worker with that pseudo label
     fires_VC: Tensor  # pixels of this worker where the class has any score
     keys: tuple[Keys, Keys] | None
 
@@ -125,9 +126,9 @@ def prepare_views(
     proto_VCD, exists_VC = weighted_prototypes(
         features, torch.where(chosen_VCP, weight_VCP, 0.0), prototype_features=prototype_features, workers=workers
     )
-    kept_VC = None
+    kept_VC, assigned_VC = None, assigned_VCP.sum(2)
     if absent_classes == "drop":
-        kept_VC = workers.gather(assigned_VCP.sum(2)[None]).sum(0) > 0  # each of them has a prototype
+        kept_VC = workers.gather(assigned_VC[None]).sum(0) > 0  # each of them has a prototype
     return PreparedViews(
         features=features,
         label_VP=label_VP,
@@ -135,6 +136,7 @@ def prepare_views(
         proto_VCD=proto_VCD,
         exists_VC=exists_VC,
         kept_VC=kept_VC,
+        assigned_VC=assigned_VC,
         fires_VC=(raw_MCHW > 0).sum((2, 3)).view(2, *image_label_NC.shape).sum(1),
         keys=keys,
     )
@@ -260,10 +262,11 @@ def contrast_losses(
     view_reduction: ViewReduction,
     workers: Workers,
 ) -> dict[str, Tensor]:
-    """All contrast terms of two views, unweighted, and two diagnostics; each adds up over the workers.
+    """All contrast terms of two views, unweighted, and three diagnostics; each adds up over the workers.
 
     `silent_share`: foreground classes whose map fires nowhere in the global batch; `bg_share`: pixels labelled
-    background. Both in [0, 1], means over the views.
+    background. Both in [0, 1], means over the views. `prototype_similarity`: mean cosine of the prototypes of two
+    classes that have pixels in the global batch, in [-1, 1], over the views' pairs; 0 where there is no pair.
 
     Args:
         image_label_NC: nonzero for the classes of each image and for the background.
@@ -304,14 +307,20 @@ def contrast_losses(
 
 def _diagnostics(views: PreparedViews, bg_index: int, workers: Workers) -> dict[str, Tensor]:
     valid_VP = torch.ones_like(views.label_VP, dtype=torch.bool) if views.valid_VP is None else views.valid_VP
-    all_WVE = workers.gather(torch.cat([views.fires_VC, valid_VP.sum(1, keepdim=True)], 1)[None])
-    total_VE = all_WVE.sum(0)
-    silent_VC = total_VE[:, :-1] == 0
+    counts_VE = torch.cat([views.fires_VC, views.assigned_VC, valid_VP.sum(1, keepdim=True)], 1)
+    all_WVE = workers.gather(counts_VE[None])
+    num_classes = views.fires_VC.shape[1]
+    fires_VC, assigned_VC, valid_V1 = torch.split(all_WVE.sum(0), [num_classes, num_classes, 1], 1)
+    silent_VC = fires_VC == 0
     silent_VC[:, bg_index] = False
-    is_bg_V = ((views.label_VP == bg_index % silent_VC.shape[1]) & valid_VP).sum(1)
+    is_bg_V = ((views.label_VP == bg_index % num_classes) & valid_VP).sum(1)
+    present_VC1 = (assigned_VC > 0)[..., None]
+    cosine_VCC = views.proto_VCD.double() @ views.proto_VCD.double().transpose(1, 2)
+    pair_VCC = (present_VC1 & present_VC1.transpose(1, 2)).triu(1)
     return {
-        "silent_share": silent_VC.sum().double() / (2 * (silent_VC.shape[1] - 1) * len(all_WVE)),
-        "bg_share": (is_bg_V.double() / total_VE[:, -1].clamp(min=1)).mean(),
+        "silent_share": silent_VC.sum().double() / (2 * (num_classes - 1) * len(all_WVE)),
+        "bg_share": (is_bg_V.double() / valid_V1[:, 0].clamp(min=1)).mean(),
+        "prototype_similarity": (cosine_VCC * pair_VCC).sum() / (pair_VCC.sum().clamp(min=1) * len(all_WVE)),
     }
 
 

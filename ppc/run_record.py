@@ -26,7 +26,8 @@ COLOURS = (
     "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#7a3db8", "#8c6d31", "#c1121f", "#4d4d4d",
     "#2a9d8f", "#b5179e",
 )  # fmt: skip
-NO_LOSS = ("lr", "epoch", "silent_share", "bg_share", "steps_per_s")  # what a journal has beside losses
+# what a journal has beside losses
+NO_LOSS = ("lr", "epoch", "silent_share", "bg_share", "prototype_similarity", "steps_per_s")
 DIGEST = 36  # characters of a dataset's digest: MLflow's own limit
 
 

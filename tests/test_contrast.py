@@ -7,6 +7,7 @@ import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -551,6 +552,12 @@ def test_silent_classes_share_the_official_background_prototype() -> None:
     fires = torch.stack([(v.map_NCHW[:, 1:] > 0).any(3).any(2).any(0) for v in (batch.source, batch.target)])
     assert_close(diagnostics["silent_share"], (~fires).double().mean(), 1e-6)
     assert_close(diagnostics["bg_share"], (views.label_VP == 0).double().mean(), 1e-6)
+    pairs = [
+        [views.proto_VCD[v, a] @ views.proto_VCD[v, b] for a, b in combinations(views.label_VP[v].unique().tolist(), 2)]
+        for v in range(2)
+    ]
+    assert min(map(len, pairs)) > 0
+    assert_close(diagnostics["prototype_similarity"], torch.stack(pairs[0] + pairs[1]).mean(), 1e-6)
 
 
 # ---- workers

@@ -36,7 +36,7 @@ TERMS = {
     "eps": {"cls", "saliency"},
     "eps_seam": {"cls", "min_pool", "er", "ecr", "saliency", "saliency_refined"},
 }
-DIAGNOSTICS = {"silent_share", "bg_share"}
+DIAGNOSTICS = {"silent_share", "bg_share", "prototype_similarity"}
 PARTS = ("backbone", "fc8", "fc_proj", "f8_3", "f8_4", "f9")
 
 

@@ -141,7 +141,7 @@ def test_float64_loss_and_gradients_do_not_depend_on_the_number_of_workers(
 ) -> None:
     one, many = (torch.load(by_workers[n] / f"{method}-{preset}" / "step.pt") for n in (1, number))
     assert {"loss", "cls", "cross_prototype", "cross_cam", "intra_view"} <= one["values"].keys()
-    shares = {"silent_share", "bg_share"}  # diagnostics: counts divided in float32
+    shares = {"silent_share", "bg_share", "prototype_similarity"}  # diagnostics: added up in float32
     assert_close(*({k: v for k, v in x["values"].items() if k not in shares} for x in (many, one)), rtol=1e-10)
     assert_close(*({k: v for k, v in x["values"].items() if k in shares} for x in (many, one)), rtol=1e-6)
     for name, grad in one["grads"].items():
