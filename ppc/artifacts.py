@@ -17,13 +17,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+from ppc.locks import LockedError, locked
 from ppc.names import check_name
 from ppc.places import (
-    LockedError,
     StoragePath,
     atomic_write,
     local_folder,
-    locked,
     names_in,
     open_appender,
     pause_s,

@@ -24,11 +24,12 @@ from ppc.faults import StorageError
 from ppc.gallery import draw_study
 from ppc.ledger import FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, TrialRow, alive, counts, missing, read_rows
 from ppc.live import LiveStatus
+from ppc.locks import STALE_S, LockedError, locked
 from ppc.mlflow_embedded import server_of_launch
 from ppc.mlflow_server import is_server, tracking_uri
 from ppc.mlflow_views import links
 from ppc.notify import check_url, notifying
-from ppc.places import STALE_S, LockedError, StoragePath, is_remote, locked
+from ppc.places import StoragePath, is_remote
 from ppc.report import build_report, live_note, print_report, write_report
 from ppc.stopping import must_run, no_effect
 from ppc.study_config import EarlyStopping

@@ -24,6 +24,7 @@ from types import TracebackType
 
 from ppc import tether
 from ppc.artifacts import Storage, now_ms, read_json, write_json
+from ppc.locks import LockedError, locked
 from ppc.mlflow_server import (
     QUIET,
     TrackingError,
@@ -35,7 +36,7 @@ from ppc.mlflow_server import (
     server_version,
 )
 from ppc.mlflow_views import study_link
-from ppc.places import LockedError, locked, pause_s
+from ppc.places import pause_s
 
 PORT = 5000  # MLflow's own; another one when it is taken
 START_S = 120.0

@@ -41,6 +41,7 @@ from ppc.ledger import (
     counts,
     stage_dirs,
 )
+from ppc.locks import LockedError, locked
 from ppc.mlflow_page import page_tags, send_page
 from ppc.mlflow_server import (
     QUIET,
@@ -54,7 +55,7 @@ from ppc.mlflow_server import (
     tracking_uri,
     words_of,
 )
-from ppc.places import LockedError, StoragePath, locked, names_in, read_bytes
+from ppc.places import StoragePath, names_in, read_bytes
 from ppc.redact import safe_uri
 from ppc.run_record import Point, is_number, metric_name
 from ppc.sync_loop import NoTracker, SyncLoop, Tracker

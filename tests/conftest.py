@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import signal
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+from ppc.places import StoragePath, storage_path
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -35,6 +38,23 @@ def mlflow_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
     tracking._client(f"sqlite:///{path}")
     return path
+
+
+@pytest.fixture(scope="module")
+def bucket() -> Iterator[str]:
+    """An S3 bucket of this file's tests."""
+    from s3_server import BUCKET, s3_server
+
+    with pytest.MonkeyPatch.context() as patch, s3_server(patch):
+        yield f"s3://{BUCKET}"
+
+
+@pytest.fixture(params=["folder", "s3"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> StoragePath:
+    """An empty place on storage, of either kind."""
+    if request.param == "folder":
+        return storage_path(tmp_path / "root")
+    return storage_path(f"{request.getfixturevalue('bucket')}/{uuid.uuid4().hex}")
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

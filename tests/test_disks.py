@@ -27,7 +27,8 @@ from ppc.config import RuntimeConfig, TrialConfig
 from ppc.faults import StorageError
 from ppc.launch import Where, run_study
 from ppc.ledger import FAILED, FINISHED, INTERRUPTED, TrialRow, read_rows
-from ppc.places import StoragePath, atomic_write, is_remote, locked, read_bytes, remove, size_of, storage_path
+from ppc.locks import locked
+from ppc.places import StoragePath, atomic_write, is_remote, read_bytes, remove, size_of, storage_path
 from ppc.runtime import LocalRuntime, MapFunction
 from ppc.trial import run_trial
 

@@ -22,8 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ppc.data.labels import DataError
+from ppc.locks import locked
 from ppc.names import check_name
-from ppc.places import HERE, locked
+from ppc.places import HERE
 
 INDEX_VERSION = 1  # raise it when an index of the same file becomes another
 AGAIN = "download COCO's annotations again, or correct the file"

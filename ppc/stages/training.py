@@ -19,8 +19,9 @@ from ppc.config import TrialConfig
 from ppc.data import Dataset
 from ppc.data.loader import Loader, TrainSet
 from ppc.faults import StorageError
+from ppc.locks import locked
 from ppc.optim import effective_momentum, make_sgd, param_groups
-from ppc.places import StoragePath, atomic_write, locked, read_bytes
+from ppc.places import StoragePath, atomic_write, read_bytes
 from ppc.stages.context import StageContext
 from ppc.train import Job, fit, rank, world_size
 

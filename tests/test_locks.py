@@ -1,0 +1,104 @@
+"""Locks in a folder and in an S3 bucket: one holder, whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import uuid
+from typing import Any
+
+import pytest
+
+from ppc import locks
+from ppc.artifacts import write_json
+from ppc.locks import Lease, LockedError, locked
+from ppc.places import StoragePath, read_bytes, storage_path
+
+
+def test_of_many_that_want_a_lock_one_at_a_time_has_it(place: StoragePath) -> None:
+    inside, most, entered = [0], [0], [0]
+
+    def enter() -> None:
+        with locked(place / ".lock", poll_s=0.01):
+            inside[0] += 1
+            most[0] = max(most[0], inside[0])
+            time.sleep(0.02)
+            entered[0] += 1
+            inside[0] -= 1
+
+    threads = [threading.Thread(target=enter) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert (most[0], entered[0]) == (1, 6)
+
+
+def test_a_lock_that_is_held_is_not_waited_for_longer_than_told(place: StoragePath) -> None:
+    waits: list[int] = []
+    with locked(place / ".lock"):
+        with pytest.raises(LockedError), locked(place / ".lock", timeout_s=0.3, waiting=lambda: waits.append(1)):
+            raise AssertionError("two hold it")
+    assert waits
+    with locked(place / ".lock", timeout_s=0):
+        pass
+
+
+HOLD = """
+import sys, time
+from ppc.locks import locked
+from ppc.places import storage_path
+with locked(storage_path(sys.argv[1]) / ".lock"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_the_lock_of_a_killed_process_of_this_host_is_free(place: StoragePath) -> None:
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(place)], stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None
+    with holder, holder.stdout as out:
+        assert out.readline() == "held\n"
+        with pytest.raises(LockedError), locked(place / ".lock", timeout_s=0.2, poll_s=0.05):
+            pass
+        holder.kill()
+        holder.wait()
+    with locked(place / ".lock", timeout_s=5, poll_s=0.1):
+        pass
+
+
+def test_a_lease_of_another_host_is_taken_over_when_it_is_not_renewed(
+    bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = storage_path(f"{bucket}/{uuid.uuid4().hex}/.lock")
+    monkeypatch.setattr(locks, "STALE_S", 0.6)
+    monkeypatch.setattr(locks, "RENEW_S", 0.1)
+    elsewhere = {"owner": "them", "host": "elsewhere", "pid": os.getpid(), "held": True}
+    write_json(path, elsewhere)
+    start = time.monotonic()
+    with locked(path, timeout_s=5, poll_s=0.05):
+        assert time.monotonic() - start >= 0.6
+        held = json.loads(read_bytes(path))
+        time.sleep(0.5)
+        assert json.loads(read_bytes(path))["beat"] != held["beat"], "it is renewed while it is held"
+        with pytest.raises(LockedError), locked(path, timeout_s=1.5, poll_s=0.05):
+            raise AssertionError("a lease that is renewed was taken over")
+
+
+def test_a_lease_that_was_taken_over_is_not_taken_back_by_its_old_holder(
+    bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path: Any = storage_path(f"{bucket}/{uuid.uuid4().hex}/.lock")
+    monkeypatch.setattr(locks, "RENEW_S", 0.1)
+    with locked(path):
+        successor = Lease(path)
+        version, _ = successor._get()
+        assert successor._put(IfMatch=version)
+        time.sleep(0.5)
+        mine = json.loads(read_bytes(path))
+    assert json.loads(read_bytes(path)) == mine and mine["owner"] == successor._owner
+    assert "taken over" in capsys.readouterr().out
