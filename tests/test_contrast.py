@@ -148,7 +148,7 @@ def assert_close(actual: Any, expected: Any, tolerance: float, what: str = "") -
     )
 
 
-# ---- golden: the official code's numbers (tests/golden/README of the recorder: draws and tied indices are fed)
+# ---- golden: the official code's numbers (tests/golden/README.md): draws and tied indices are fed
 
 GOLDENS = sorted(path.stem for path in GOLDEN.glob("contrast_*.npz"))
 
