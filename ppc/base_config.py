@@ -36,7 +36,7 @@ class OptimConfig(Section):
     epochs: int = Field(8, ge=1, description="times that each image is seen")
     batch_size: int = Field(8, ge=1, description="images of the global batch, over all workers")
     crop_px: int = Field(448, ge=32, description="side of a crop, pixels")
-    learning_rate: float = Field(0.01, gt=0, description="of backbone weights; new layers 10 times, biases twice")
+    learning_rate: float = Field(0.01, gt=0, description="of backbone weights; others: new_layer_lr_mult, bias_lr_mult")
     new_layer_lr_mult: float = Field(10.0, gt=0, description="learning rate of new layers, over learning_rate")
     bias_lr_mult: float = Field(2.0, gt=0, description="learning rate of biases, over that of their layer's weights")
     weight_decay: float = Field(5e-4, ge=0, description="of weights; biases have none")

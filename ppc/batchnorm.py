@@ -100,10 +100,3 @@ def train_batch_norm(module: nn.Module, *, momentum: float, affine_trained: bool
             setattr(module, name, GlobalBatchNorm2d(child, momentum=momentum, affine_trained=affine_trained))
         else:
             train_batch_norm(child, momentum=momentum, affine_trained=affine_trained)
-
-
-def freeze_batch_norm(module: nn.Module) -> None:
-    """Let each BatchNorm under `module` run on its stored statistics, untrained; `module.train()` would undo it."""
-    for child in module.modules():
-        if isinstance(child, _BatchNorm):
-            child.eval().requires_grad_(False)

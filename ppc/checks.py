@@ -70,6 +70,12 @@ def _check_segmentation(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
         yield "segmentation.head", f"no head {own.head!r}; there are {', '.join(SEG_HEADS)}"
     if own.test.crf is not None and own.test.crf not in PRESETS:
         yield "segmentation.test.crf", f"no preset {own.test.crf!r}; there are {', '.join(PRESETS)}, and null: no CRF"
+    elif own.test.crf is not None and PRESETS[own.test.crf].classes == "present":
+        whole = ", ".join(name for name, params in PRESETS.items() if params.classes == "all")
+        yield (
+            "segmentation.test.crf",
+            f"{own.test.crf} is for the classes of an image's tags, which predictions have not: take one of {whole}",
+        )
     if "train_seg" in cfg.stages and own.masks != "truth" and train not in splits_of(own.masks, cfg):
         made = ", ".join(splits_of(own.masks, cfg))
         yield (

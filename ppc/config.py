@@ -125,9 +125,11 @@ class ContrastConfig(Section):
     bg_prototype_weight: Literal["constant", "one_minus_fg"] = Field("constant", description="6.6 #3")
     absent_classes: Literal["keep", "drop"] = Field("keep", description="6.6 #2: silent classes in the denominators")
     negatives: Literal["all", "ranks", "random_half"] = Field("ranks", description="6.6 #8: semi-hard prototype mining")
-    negative_rank_from: Fraction = Field(3 / 21, ge=0, le=1, description="first rank kept, as a share of the classes")
+    negative_rank_from: Fraction = Field(
+        3 / 21, ge=0, le=1, description="first rank kept, counted from 0, as a share of the classes"
+    )
     negative_rank_to: Fraction = Field(
-        13 / 21, ge=0, le=1, description="end of the ranks kept, as a share of the classes"
+        13 / 21, ge=0, le=1, description="the rank after the last one kept, as a share of the classes"
     )
     negative_pool: Fraction = Field(0.6, gt=0, le=1, description="random_half: hardest share of the negatives")
     negative_sample: Fraction = Field(0.5, gt=0, le=1, description="random_half: share of the pool that is drawn")
@@ -220,7 +222,10 @@ class CrfConfig(Section):
 
     preset: str = Field("ppc_seed", description="a name of crf.PRESETS")
     bg_score: Literal["seed"] | float = Field(
-        "seed", description="score of the label map it starts from; seed: as chosen"
+        "seed", description="constant background that it starts from; seed: the score chosen for the seeds"
+    )
+    bg_power: float | None = Field(
+        None, gt=0, description="in place of bg_score, a background of (1 - highest class)^bg_power; 8 for PPC-EPS (7)"
     )
 
 
@@ -321,6 +326,8 @@ class TrialConfig(Section):
                 unread.add("start_after")  # trials from before it was there keep their keys
             if self.method.name in ONE_VIEW:
                 unread.add("map_source")  # there is no refined map
+        elif section == "crf":  # trials from before there was a power keep their keys
+            unread.add("bg_power" if self.crf.bg_power is None else "bg_score")
         elif section == "seeds":
             unread |= self._unread_seeds()
         return unread

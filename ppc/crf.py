@@ -161,13 +161,13 @@ def refine_seed(
     cam_KHW: npt.ArrayLike,
     keys: npt.ArrayLike,
     *,
-    bg_score: float,
+    background: float | npt.ArrayLike,
     num_classes: int,
     params: CrfParams,
 ) -> npt.NDArray[np.uint8]:
-    """The CRF's label map (0 background, key + 1) of a CAM with a constant background score, as `params` says."""
+    """The CRF's label map (0 background, key + 1) of a CAM and its background, a score or (H,W), as `params` says."""
     cam, label_K = np.asarray(cam_KHW, dtype=np.float32), np.asarray(keys, dtype=np.int64) + 1
-    score_CHW = np.concatenate([np.full((1, *cam.shape[1:]), bg_score, np.float32), cam])
+    score_CHW = np.concatenate([np.broadcast_to(np.asarray(background, np.float32), (1, *cam.shape[1:])), cam])
     q_CHW = refine_scores(image_HW3, score_CHW, keys, num_classes=num_classes, params=params)
     label_C = np.concatenate([[0], label_K])
     order = np.argsort(label_C)

@@ -69,13 +69,9 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def cam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
-    """Plain CAM: classification of the source view, and of the target view when contrast needs one (METHOD 3)."""
-    views = [step.source] if step.target is None else [step.source, step.target]
-    losses = [
-        classification_loss(_wide(v.cam).mean((2, 3)), step.label_NK, num_images_global=step.num_images_global)
-        for v in views
-    ]
-    return {"cls": torch.stack(losses).mean()}
+    """Plain CAM: classification of the source view (METHOD 3); a target view is the contrast's alone."""
+    pred_NK = _wide(step.source.cam).mean((2, 3))
+    return {"cls": classification_loss(pred_NK, step.label_NK, num_images_global=step.num_images_global)}
 
 
 def seam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
@@ -97,15 +93,12 @@ def seam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
 
 
 def eps_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
-    """EPS (METHOD 5): classification and saliency of the source view, and of the target view when contrast has one."""
-    sources = [view for view in (step.source, step.target) if view is not None]
-    losses = [
-        classification_loss(
-            foreground(_wide(view.cam)).mean((2, 3)), step.label_NK, num_images_global=step.num_images_global
-        )
-        for view in sources
-    ]
-    return {"cls": torch.stack(losses).mean(), "saliency": _saliency(step, cfg, [view.cam for view in sources])}
+    """EPS (METHOD 5): classification and saliency of the source view; a target view is the contrast's alone."""
+    pred_NK = foreground(_wide(step.source.cam)).mean((2, 3))
+    return {
+        "cls": classification_loss(pred_NK, step.label_NK, num_images_global=step.num_images_global),
+        "saliency": _saliency(step, cfg, [step.source.cam]),
+    }
 
 
 def eps_seam_terms(step: Step, cfg: MethodConfig) -> dict[str, Tensor]:
@@ -266,7 +259,7 @@ class Losses:
             size = tuple(image_t.shape[2:])
             set_dropout_seeds(net, [derive_seed(s, "target") for s in seeds])
             target = net(image_t)
-            if saliency is not None:
+            if saliency is not None and method.two_views:
                 saliency = (saliency[0], warp.apply(resize(saliency[0], size)))
         made = Step(
             source,
@@ -288,7 +281,11 @@ class Losses:
                     terms |= contrast_terms_of(made, cfg.contrast, cfg.seed, step, self.workers, self.num_workers)
                 weights |= {n: counts * getattr(cfg.contrast, f"{n}_weight") for n in CONTRAST_TERMS}
             if not any(weights.values()):
-                raise ValueError(f"method.name {cfg.method.name}: all loss weights are 0, so there is nothing to train")
+                late = cfg.contrast.active and step < self.contrast_from
+                until = f" before step {self.contrast_from} (contrast.start_after)" if late else ""
+                raise ValueError(
+                    f"method.name {cfg.method.name}: all loss weights are 0, so there is nothing to train{until}"
+                )
             total = torch.stack([weights[n] * terms[n] for n in weights if weights[n] > 0]).sum()
         return total, terms
 

@@ -67,9 +67,11 @@ def denominator_counts(
 ) -> Tensor:
     """How often each prototype stands in each pixel's denominator (...,P,C); a pixel's own class at least once.
 
-    `all`: every kept class. `ranks`: own class, and the kept classes of rank [rank_start, rank_end) by similarity, own
-    class among them: it counts twice if it has such a rank (METHOD 6.4). `random_half`: own class, and of the others
-    the hardest ceil(pool_fraction * number), of which ceil(sample_fraction * pool) are drawn (METHOD 6.7).
+    `all`: every kept class. `ranks`: own class, and the classes of rank [rank_start, rank_end) by similarity, own class
+    among them: it counts twice if it has such a rank (METHOD 6.4). Where classes are left out, the ranks are those of
+    the kept ones, and the window is the same share of them (rounded, and one rank at least). `random_half`: own class,
+    and of the others the hardest ceil(pool_fraction * number), of which ceil(sample_fraction * pool) are drawn (METHOD
+    6.7).
 
     Args:
         label_P: (...,P).
@@ -77,6 +79,7 @@ def denominator_counts(
         key_PC: uniform numbers (...,P,C), needed by `random_half`.
     """
     similarity_PC = similarity_PC.detach()
+    every = kept_C is None
     if kept_C is None:
         kept_C = torch.ones_like(similarity_PC[..., :1, :], dtype=torch.bool)
     if negatives == "all":
@@ -86,9 +89,18 @@ def denominator_counts(
     if negatives == "ranks":
         # The nearest may be the pixel's true class, pseudo labels being noisy: hence a first rank above 0.
         # Who wins a tie matters for a dead pixel alone (similarity 0 to all), whose gradient the ReLU before stops.
-        candidates_PC = similarity_PC.masked_fill(~kept_PC, -torch.inf)
-        order_PR = candidates_PC.topk(min(rank_end, candidates_PC.shape[-1])).indices[..., rank_start:]
-        ranked_PR = kept_PC.gather(-1, order_PR).to(similarity_PC.dtype)
+        candidates_PC, num_classes = similarity_PC.masked_fill(~kept_PC, -torch.inf), similarity_PC.shape[-1]
+        order_PR = candidates_PC.topk(min(rank_end, num_classes)).indices
+        if every:
+            order_PR = order_PR[..., rank_start:]
+            ranked_PR = torch.ones_like(order_PR, dtype=similarity_PC.dtype)
+        else:  # the same share of those that are left
+            num_kept_P1 = kept_C.sum(-1, keepdim=True).double()
+            start_P1 = torch.minimum((num_kept_P1 * rank_start / num_classes).round(), num_kept_P1 - 1)
+            end_P1 = torch.maximum((num_kept_P1 * rank_end / num_classes).round(), start_P1 + 1)
+            place_R = torch.arange(order_PR.shape[-1], device=order_PR.device)
+            in_window_PR = (place_R >= start_P1) & (place_R < end_P1)
+            ranked_PR = (in_window_PR & kept_PC.gather(-1, order_PR)).to(similarity_PC.dtype)
         return own_PC.to(similarity_PC.dtype).scatter_add(-1, order_PR, ranked_PR)
     other_PC = kept_PC & ~own_PC
     pool_P1 = _ceil(pool_fraction * other_PC.sum(-1, keepdim=True).double())

@@ -290,8 +290,13 @@ class MlflowTracker:
                 self._mlflow.set_terminated(other["id"], KILLED, seen_ms or None)
                 other["ended"] = KILLED
         launch["seen_ms"] = now_ms()
-        if not final and launch.pop("ended", None) and not launch["deleted"]:
+        if not final and launch.get("ended") and not launch["deleted"]:
             self._mlflow.update_run(launch["id"], RUNNING)
+        if not final:
+            launch.pop("ended", None)
+        if "shown" not in launch:  # whoever ends what a killed process left running reads of it in the file
+            launch["shown"] = True
+            self._save()
         return launch
 
     def _close_launch(self, rows: Sequence[TrialRow], launch: dict[str, Any], final: bool) -> None:

@@ -314,7 +314,9 @@ class SlowView:
             return others
         if self.k["negatives"] == "ranks":
             ranked = sorted(self.kept, key=lambda c: -self.similarity(p, c, self))
-            return ranked[self.k["rank_start"] : self.k["rank_end"]]
+            kept, num_classes = len(ranked), len(self.proto)  # the window is a share of the classes that are left
+            start = min(round(kept * self.k["rank_start"] / num_classes), kept - 1)
+            return ranked[start : max(round(kept * self.k["rank_end"] / num_classes), start + 1)]
         pool = sorted(others, key=lambda c: -self.similarity(p, c, self))
         pool = pool[: math.ceil(self.k["pool_fraction"] * len(others) - 1e-9)]
         take = math.ceil(self.k["sample_fraction"] * len(pool) - 1e-9)

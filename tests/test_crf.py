@@ -95,13 +95,13 @@ def test_refined_seed_follows_the_preset():
     data = golden("crf_60x80")
     image, cams, keys = data["image"], data["cams"], data["keys"]
     names = np.r_[0, keys + 1]
-    official = refine_seed(image, cams, keys, bg_score=0.26, num_classes=21, params=PRESETS["ppc_seed"])
+    official = refine_seed(image, cams, keys, background=0.26, num_classes=21, params=PRESETS["ppc_seed"])
     assert official.dtype == np.uint8
     np.testing.assert_array_equal(official, data["infer_crf_label"])
-    irn = refine_seed(image, cams, keys, bg_score=0.3, num_classes=21, params=PRESETS["irn_label"])
+    irn = refine_seed(image, cams, keys, background=0.3, num_classes=21, params=PRESETS["irn_label"])
     np.testing.assert_array_equal(irn, names[data["irn_crf_out_30"]])
     score = np.concatenate([np.full((1, *cams.shape[1:]), 0.26, np.float32), cams.astype(np.float32)])
-    soft = refine_seed(image, cams[::-1], keys[::-1], bg_score=0.26, num_classes=21, params=PRESETS["psa_soft"])
+    soft = refine_seed(image, cams[::-1], keys[::-1], background=0.26, num_classes=21, params=PRESETS["psa_soft"])
     np.testing.assert_array_equal(soft, names[crf_soft(image, score, params=PRESETS["psa_soft"]).argmax(0)])
 
 
@@ -111,7 +111,7 @@ def test_every_preset_refines_any_image(preset):
     image = rng.integers(0, 256, (17, 23, 3), dtype=np.uint8)
     for k in (0, 1, 3):
         cam = rng.random((k, 17, 23), dtype=np.float32)
-        out = refine_seed(image, cam, [4, 0, 2][:k], bg_score=0.2, num_classes=6, params=PRESETS[preset])
+        out = refine_seed(image, cam, [4, 0, 2][:k], background=0.2, num_classes=6, params=PRESETS[preset])
         assert out.shape == (17, 23) and set(np.unique(out)) <= {0, *(x + 1 for x in [4, 0, 2][:k])}
 
 

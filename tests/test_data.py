@@ -561,7 +561,6 @@ def test_an_epoch_does_not_depend_on_those_before_it(big):
     loader = Loader(train_set(big), batch_size=8, rank=0, world_size=1)
     list(loader.epoch(0)), list(loader.epoch(1))
     same(list(loader.epoch(2)), batches(big, 2))
-    same(list(loader.epoch(2, first_batch=1)), batches(big, 2)[1:])
 
 
 def test_loading_leaves_the_global_generator_alone(big):

@@ -92,7 +92,7 @@ def test_labels_are_where_both_scores_are_sure(storage: Storage, scenes: Path) -
     for image_id in data.ids("train"):
         keys, cam = read_cam(folders["make_seeds"] / "cams" / f"{image_id}.npz")
         high, low = (
-            refine_seed(data.image(image_id), cam, keys, bg_score=s, num_classes=4, params=PRESETS["irn_label"])
+            refine_seed(data.image(image_id), cam, keys, background=s, num_classes=4, params=PRESETS["irn_label"])
             for s in (0.3, 0.05)
         )
         label = read_palette_png(folders["train_irn"] / "labels" / f"{image_id}.png")

@@ -89,6 +89,18 @@ def test_a_lease_of_another_host_is_taken_over_when_it_is_not_renewed(
             raise AssertionError("a lease that is renewed was taken over")
 
 
+def test_a_renewal_whose_answer_got_lost_is_no_loss_of_the_lease(bucket: str) -> None:
+    path: Any = storage_path(f"{bucket}/{uuid.uuid4().hex}/.lock")
+    lease = Lease(path)
+    assert lease._put(IfNoneMatch="*")
+    known = lease._version
+    assert lease._put(IfMatch=known)
+    lease._version = known  # that answer never came
+    assert lease._put(IfMatch=lease._version) and lease._version == lease._get()[0] != known
+    lease._version = known
+    assert not Lease(path)._put(IfMatch=known), "another one has to wait"
+
+
 def test_a_lease_that_was_taken_over_is_not_taken_back_by_its_old_holder(
     bucket: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

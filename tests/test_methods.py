@@ -28,6 +28,7 @@ from ppc.nets import CamNet
 from ppc.optim import make_sgd, param_groups
 from ppc.prototypes import ALONE
 from ppc.resizing import resize
+from ppc.stages import versions_of
 
 OFF: dict[str, Any] = {"contrast.prototype_top_k": 0}
 TERMS = {
@@ -289,6 +290,34 @@ def test_a_contrast_that_counts_from_the_start_keeps_its_key() -> None:
     assert config("seam", {"contrast.start_after": 0.5}).decisive("contrast")["start_after"] == 0.5
 
 
+@pytest.mark.parametrize("method", ["cam", "eps"])
+def test_a_method_of_one_view_has_the_same_terms_with_contrast_and_without(method: str) -> None:
+    _, alone, _ = step(config(method, OFF))
+    _, beside, _ = step(config(method))
+    assert all(torch.equal(beside[name], alone[name]) for name in TERMS[method])
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "version"),
+    [
+        ("seam", {}, 2), ("eps_seam", {}, 2), ("cam", {}, 3), ("cam", OFF, 2),
+        ("seam", {"contrast.absent_classes": "drop"}, 3), ("seam", {"contrast.preset": "paper"}, 2),
+    ],
+)  # fmt: skip
+def test_the_version_of_a_training_is_raised_for_those_whose_numbers_moved(
+    method: str, changes: dict[str, Any], version: int
+) -> None:
+    assert versions_of(config(method, changes))["train_cam"] == version
+
+
+def test_contrast_alone_cannot_start_late() -> None:
+    cfg = config("cam", {"method.cls_weight": 0})
+    net = build_net(cfg, 3, pretrained=False)
+    Losses(cfg, ALONE, 1)(net, formula_batch(), 0)
+    with pytest.raises(ValueError, match=r"nothing to train before step 5 \(contrast.start_after\)"):
+        Losses(cfg, ALONE, 1, contrast_from=5)(net, formula_batch(), 0)
+
+
 def test_nothing_to_train_is_said() -> None:
     with pytest.raises(ValueError, match="method.name cam: all loss weights are 0"):
         step(config("cam", {**OFF, "method.cls_weight": 0}))
@@ -311,7 +340,8 @@ def test_dropout_and_views_are_the_samples_own() -> None:
         _, different = Losses(cfg, ALONE, 1)(net, other, 0)
         for name in TERMS[method]:
             torch.testing.assert_close(same[name], terms[name], rtol=1e-12, atol=0)
-            assert different[name] != terms[name], name
+            assert (different[name] == terms[name]) == (method == "eps"), name  # no dropout, and the source view alone
+        assert all(different[name] != terms[name] for name in CONTRAST_TERMS)
 
 
 def test_draws_of_the_contrast_change_with_the_step_and_the_seed() -> None:

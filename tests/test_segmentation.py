@@ -163,6 +163,7 @@ def test_how_it_is_tested_is_not_in_the_key_of_the_training(storage: Storage, sc
     [
         ({"segmentation.head": "psp"}, "segmentation.head", "no head 'psp'; there are largefov"),
         ({"segmentation.test.crf": "x"}, "segmentation.test.crf", "no preset 'x'"),
+        ({"segmentation.test.crf": "irn_label"}, "segmentation.test.crf", "which predictions have not: take one of"),
         ({**SEED, "seeds.splits": ["val"], "seeds.protocol": "fixed"}, "segmentation.masks",
          "seed is made for seeds.splits [val], but the net trains on data.train_split train"),
         ({**TRUTH, "segmentation.masks": "mask"}, "stages", "train_seg needs refine_crf before it"),

@@ -18,7 +18,7 @@ from ppc.artifacts import StageDir, Storage
 from ppc.backbones import NORMALISATIONS
 from ppc.cam import seed_from_cam
 from ppc.config import TrialConfig
-from ppc.crf import PRESETS, refine_seed
+from ppc.crf import PRESETS, refine_scores, refine_seed
 from ppc.data.labels import read_label_file
 from ppc.figures import read_palette_png
 from ppc.methods import METHODS, build_net, class_maps
@@ -96,7 +96,9 @@ def test_every_image_gets_its_cam_seed_and_mask(storage: Storage, scenes: Path) 
         seed = read_palette_png(folders["make_seeds"] / "seeds" / f"{image_id}.png")
         assert (seed == slow_seed(keys, cam, score, 4)).all()
         mask = read_palette_png(folders["refine_crf"] / "masks" / f"{image_id}.png")
-        wanted = refine_seed(data.image(image_id), cam, keys, bg_score=score, num_classes=4, params=PRESETS["ppc_seed"])
+        wanted = refine_seed(
+            data.image(image_id), cam, keys, background=score, num_classes=4, params=PRESETS["ppc_seed"]
+        )
         assert (mask == wanted).all()
     drawn = sorted(path.stem for path in (folders["make_seeds"] / "overlays").iterdir())
     assert drawn == manifest_result(folders["make_seeds"])["overlays"] and len(drawn) == 2
@@ -349,8 +351,27 @@ def test_the_crf_can_start_from_a_score_of_its_own(storage: Storage, scenes: Pat
     assert plain["crf_bg_score"] == plain["metrics"]["bg_score"]
     data, image_id = layout(scenes), "train_00001"
     keys, cam = read_cam(folders["make_seeds"] / "cams" / f"{image_id}.npz")
-    wanted = refine_seed(data.image(image_id), cam, keys, bg_score=0.45, num_classes=4, params=PRESETS["ppc_seed"])
+    wanted = refine_seed(data.image(image_id), cam, keys, background=0.45, num_classes=4, params=PRESETS["ppc_seed"])
     assert (read_palette_png(folders["refine_crf"] / "masks" / f"{image_id}.png") == wanted).all()
+
+
+def test_the_crf_can_start_from_a_background_that_is_a_power_of_the_cam(storage: Storage, scenes: Path) -> None:
+    """METHOD 7: PPC-EPS's masks are a soft CRF of the CAM and (1 - highest class)^8."""
+    changes = {"crf.preset": "eps_soft", "crf.bg_power": 1.0}
+    result, folders = run(storage, tiny_config(changes, scenes))
+    assert "crf_bg_score" not in result and result["metrics"]["mask_miou_train"] > 0
+    data, shares = layout(scenes), []
+    for image_id in data.ids("train"):
+        keys, cam = read_cam(folders["make_seeds"] / "cams" / f"{image_id}.npz")
+        score_CHW = np.concatenate([1 - cam.max(0, keepdims=True), cam])
+        q_CHW = refine_scores(data.image(image_id), score_CHW, keys, num_classes=4, params=PRESETS["eps_soft"])
+        mask = read_palette_png(folders["refine_crf"] / "masks" / f"{image_id}.png")
+        assert (mask == np.array([0, *(keys + 1)])[q_CHW.argmax(0)]).all()
+        shares.append((mask > 0).mean())
+    assert any(0 < share < 1 for share in shares)
+    keys_of = [dict(plan_stages(tiny_config({**changes, **own}, scenes), {}))["refine_crf"] for own in
+               ({}, {"crf.bg_score": 0.4}, {"crf.bg_power": 8.0}, {"crf.bg_power": None})]  # fmt: skip
+    assert keys_of[0] == keys_of[1] and len(set(keys_of)) == 3
     assert (seed_from_cam(cam, keys, bg_score=0.45) != seed_from_cam(cam, keys, bg_score=0.2)).any()
 
 

@@ -452,6 +452,37 @@ def test_one_run_a_trial_over_launches_crashes_and_lost_memory(
     assert sorted(runs_of(fake, "study")) == ["demo launch 001", "demo launch 002", "demo launch 003"]
 
 
+def test_a_launch_that_is_killed_while_it_first_sends_is_in_the_file(
+    fake: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever ends what it left running reads files alone."""
+    fake.start(0)
+    seen: list[Any] = []
+    path = fake.storage.study("demo").path / "tracking.json"
+    monkeypatch.setattr(MlflowTracker, "_sync_trial", lambda *_: seen.append(json.loads(path.read_text())))
+    tracker_of(fake).sync(fake.rows)
+    ((memory,),) = (list(everything.values()) for everything in seen)
+    assert list(memory["launches"]) == ["001"]
+
+
+def test_a_launch_that_could_not_be_shown_as_running_is_tried_again(
+    fake: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tracker = tracker_of(fake)
+    tracker.sync([], final=True)
+
+    def unanswered(*words: Any) -> None:
+        raise ConnectionError("no answer")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._mlflow, "update_run", unanswered)
+        with pytest.raises(ConnectionError):
+            tracker.sync([])
+    assert runs_of(fake, "study")["demo launch 001"].info.status == "FINISHED"
+    tracker_of(fake).sync([])
+    assert runs_of(fake, "study")["demo launch 001"].info.status == "RUNNING"
+
+
 def test_a_run_whose_creation_was_not_answered_is_found_again(fake: FakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.start(0)
     tracker = MlflowTracker(default_uri(fake.storage), fake.storage, fake.study, "001")

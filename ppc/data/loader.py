@@ -193,9 +193,9 @@ class Loader:
         first = index * self.batch_size
         return [self.dataset.id_at(epoch, position) for position in range(first, first + self.batch_size)]
 
-    def epoch(self, epoch: int, *, first_batch: int = 0) -> Iterator[Any]:
-        """The batches of an epoch, from `first_batch` on."""
-        addresses = [[(epoch, p) for p in positions] for positions in self.positions[first_batch:]]
+    def epoch(self, epoch: int) -> Iterator[Any]:
+        """The batches of an epoch."""
+        addresses = [[(epoch, p) for p in positions] for positions in self.positions]
         loader: DataLoader[Any] = DataLoader(
             self.dataset,
             batch_sampler=addresses,  # any iterable of addresses; the data set takes them

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppc.artifacts import StageDir, content_key
-from ppc.config import TrialConfig
+from ppc.config import ONE_VIEW, TrialConfig
 from ppc.data import Dataset
 from ppc.runtime import Runtime
 from ppc.stages.context import StageContext
@@ -31,13 +31,14 @@ __all__ = ["STAGES", "Stage", "StageContext", "plan_stages", "run_stage"]
 class Stage:
     """A step of the pipeline.
 
-    `version` changes when the same inputs give other numbers. `reads` are the config sections that decide the result,
-    `needs` the stages whose files it reads (of a trial), `uses` those whose files it reads when the trial has them, and
-    `contents` names the data it looks at: splits, and weight files (`weights_name`).
+    `version` changes when the same inputs give other numbers; it may do so for some configs alone. `reads` are the
+    config sections that decide the result, `needs` the stages whose files it reads (of a trial), `uses` those whose
+    files it reads when the trial has them, and `contents` names the data it looks at: splits, and weight files
+    (`weights_name`).
     """
 
     run: Callable[[StageContext], dict[str, Any]]
-    version: int
+    version: int | Callable[[TrialConfig], int]
     reads: tuple[str, ...]
     contents: Callable[[TrialConfig], Sequence[str]]
     needs: tuple[str, ...] | Callable[[TrialConfig], tuple[str, ...]] = ()
@@ -58,6 +59,14 @@ def weights_name(cfg: TrialConfig, net: str = "backbone") -> str:
 def train_contents(cfg: TrialConfig) -> list[str]:
     """The training split, and the pretrained weights."""
     return [cfg.data.train_split, weights_name(cfg)]
+
+
+def train_cam_version(cfg: TrialConfig) -> int:
+    """2; 3 where ranks of negatives are now those of the kept classes, and where contrast no longer adds the tags of
+    the target view to a method of one view."""
+    own = cfg.contrast
+    ranks_of_kept = own.negatives == "ranks" and own.absent_classes == "drop"
+    return 3 if own.active and (ranks_of_kept or cfg.method.name in ONE_VIEW) else 2
 
 
 def irn_contents(cfg: TrialConfig) -> list[str]:
@@ -110,7 +119,7 @@ NETS = {
 OPTIM = {"train_cam": "train", "train_psa": "psa.train", "train_irn": "irn.train", "train_seg": "segmentation.train"}
 
 STAGES: dict[str, Stage] = {
-    "train_cam": Stage(train_cam, 2, TRAIN_READS, train_contents),
+    "train_cam": Stage(train_cam, train_cam_version, TRAIN_READS, train_contents),
     "make_seeds": Stage(make_seeds, 1, ("seeds",), seed_splits, needs=("train_cam",)),
     "refine_crf": Stage(refine_crf, 1, ("crf",), seed_splits, needs=("make_seeds",)),
     "train_irn": Stage(train_irn, 1, ("seed", "data", "irn"), irn_contents, needs=("make_seeds",)),
@@ -145,7 +154,7 @@ def plan_stages(cfg: TrialConfig, fingerprints: Mapping[str, str]) -> list[tuple
         keys[name] = content_key(
             {
                 "stage": name,
-                "version": stage.version,
+                "version": version_of(name, cfg),
                 "config": {section: cfg.decisive(section) for section in stage.reads},
                 "inputs": {earlier: keys[earlier] for earlier in inputs_of(name, cfg, list(keys.items()))},
                 "contents": {part: fingerprints.get(part) for part in stage.contents(cfg)},
@@ -156,7 +165,13 @@ def plan_stages(cfg: TrialConfig, fingerprints: Mapping[str, str]) -> list[tuple
 
 def versions_of(cfg: TrialConfig) -> dict[str, int]:
     """The version of each stage of a trial."""
-    return {name: STAGES[name].version for name in cfg.stages}
+    return {name: version_of(name, cfg) for name in cfg.stages}
+
+
+def version_of(name: str, cfg: TrialConfig) -> int:
+    """The version of a stage for this config."""
+    version = STAGES[name].version
+    return version if isinstance(version, int) else version(cfg)
 
 
 def inputs_of(name: str, cfg: TrialConfig, stages: Sequence[tuple[str, str]]) -> list[str]:

@@ -37,7 +37,7 @@ def run(context: StageContext) -> dict[str, Any]:
         for split in splits_of(name, cfg)
         if dataset.has_masks(split)
     ]
-    ids = {split: dataset.ids(split) for _, split in made}
+    ids = {split: list(dict.fromkeys(dataset.ids(split))) for _, split in made}  # each once, as the curve counts them
     total = sum(len(ids[split]) for _, split in made)
     progress = Progress(context.folder / "progress.json", total=total, unit="image", used=context.rt.meter.read)
     result: dict[str, Any] = {"metrics": {}, "per_class_iou": {}, "confusion": {}, "counts": {}}

@@ -245,7 +245,7 @@ def seed_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> N
         keys, cam = loaded
         palette_png(seed_from_cam(cam, keys, bg_score=shared.bg_score), shared.folder / "seeds" / f"{image_id}.png")
         if image_id in shared.overlays:
-            heat = cam.max(0) if len(cam) else np.zeros(shared.dataset.image_size(image_id)[::-1], np.float32)
+            heat = cam.max(0) if len(cam) else np.zeros(shared.dataset.image_size(image_id), np.float32)
             drawn = overlay(shared.dataset.image(image_id), np.clip(heat, 0, 1))
             with atomic_write(shared.folder / "overlays" / f"{image_id}.png") as handle:
                 Image.fromarray(drawn).save(handle, "PNG")

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from ppc.affinity import power_background
 from ppc.artifacts import Progress, StageDir
 from ppc.config import CrfConfig
 from ppc.crf import PRESETS, refine_seed
@@ -26,7 +29,7 @@ class Shared:
     folder: StageDir
     seeds: StageDir
     dataset: Dataset
-    bg_score: float
+    bg_score: float | None  # None: a power of the CAM
 
 
 def run(context: StageContext) -> dict[str, Any]:
@@ -34,12 +37,14 @@ def run(context: StageContext) -> dict[str, Any]:
     cfg, seeds = context.cfg, context.inputs["make_seeds"]
     manifest = seeds.manifest()
     assert manifest is not None
-    score = manifest["result"]["metrics"]["bg_score"] if cfg.crf.bg_score == "seed" else float(cfg.crf.bg_score)
+    score = None
+    if cfg.crf.bg_power is None:
+        score = manifest["result"]["metrics"]["bg_score"] if cfg.crf.bg_score == "seed" else float(cfg.crf.bg_score)
     ids = list(dict.fromkeys(image_id for _, image_id in images_of(cfg, context.dataset)))
     progress = Progress(context.folder / "progress.json", total=len(ids), unit="image", used=context.rt.meter.read)
     shared = Shared(cfg.crf, context.folder, seeds, context.dataset, score)
     context.rt.map(refine_chunk, shared, ids, cfg.runtime, lambda done, _: progress.update(done))
-    return {"crf_bg_score": score}
+    return {} if score is None else {"crf_bg_score": score}
 
 
 def refine_chunk(shared: Shared, ids: Sequence[str], device: torch.device) -> None:
@@ -53,8 +58,14 @@ def refine_chunk(shared: Shared, ids: Sequence[str], device: torch.device) -> No
             shared.dataset.image(image_id),
             cam_KHW,
             keys,
-            bg_score=shared.bg_score,
+            background=_power(shared.cfg, cam_KHW) if shared.bg_score is None else shared.bg_score,
             num_classes=shared.dataset.num_classes + 1,
             params=PRESETS[shared.cfg.preset],
         )
         palette_png(mask_HW, path)
+
+
+def _power(cfg: CrfConfig, cam_KHW: NDArray[np.float32]) -> NDArray[np.float32]:
+    assert cfg.bg_power is not None
+    background_HW: NDArray[np.float32] = power_background(torch.from_numpy(cam_KHW), bg_power=cfg.bg_power)[0].numpy()
+    return background_HW

@@ -76,7 +76,7 @@ def label_chunk(shared: Shared, ids: Sequence[str], device: torch.device) -> Non
                     image_HW3,
                     cam_KHW,
                     keys,
-                    bg_score=score,
+                    background=score,
                     num_classes=shared.dataset.num_classes + 1,
                     params=PRESETS[shared.cfg.crf_preset],
                 )
