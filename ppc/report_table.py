@@ -202,17 +202,18 @@ def _beaten(report: Report) -> str:
 
 
 def silent_lines(report: Report) -> list[str]:
-    """A line for each variant whose nets leave many present classes without any seed: its row says little yet."""
-    lines = []
+    """A line for each split that names the variants whose nets leave many present classes without any seed."""
+    shares: dict[str, list[str]] = {}
     for line in report.lines:
         for metric, by_seed in line.values.items():
             if metric.startswith(SILENT) and by_seed and (share := fmean(by_seed.values())) > SILENT_SHARE:
-                lines.append(
-                    f"{line.variant}: {share:.0%} of the maps of present classes ({metric.removeprefix(SILENT)}) are "
-                    "nowhere above 0 and give no seed. The net has not learned its tags: train it longer or with "
-                    "another learning rate before this row is compared."
-                )
-    return lines
+                shares.setdefault(metric.removeprefix(SILENT), []).append(f"{line.variant} {share:.0%}")
+    return [
+        f"Maps of present classes ({split}) that are nowhere above 0 and give no seed: {', '.join(named)}. These nets "
+        "have not learned all of their tags: train them longer or with another learning rate before their rows are "
+        "compared."
+        for split, named in shares.items()
+    ]
 
 
 def remarks(report: Report) -> list[str]:

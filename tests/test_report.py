@@ -300,9 +300,10 @@ def test_protocol_of_a_fixed_score_gives_the_score(tmp_path: Path) -> None:
 
 def test_variants_whose_nets_leave_present_classes_without_seeds_are_named(tmp_path: Path) -> None:
     study = FakeStudy(tmp_path)
-    for index, silent in enumerate((0.6, 0.8, 0.0, 0.04)):
+    for index, silent in enumerate((0.6, 0.8, 0.08, 0.04)):
         study.finish(index, 0.5, silent=silent)
     report = build_report(study.storage, "demo")
     named = [line for line in remarks(report) if "nowhere above 0" in line]
-    assert len(named) == 1 and named[0].startswith("prototype_top_k=0: 70% of the maps of present classes (train)")
+    assert len(named) == 1 and named[0].startswith("Maps of present classes (train)")
+    assert "no seed: prototype_top_k=0 70%, prototype_top_k=4 6%. These nets" in named[0]
     assert "silent_maps_train" not in markdown(report), "it is told in words, not as a column of mIoU"
