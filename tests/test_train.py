@@ -157,10 +157,11 @@ def test_a_whole_training_gives_the_same_curve_and_weights_with_any_number_of_wo
 ) -> None:
     one, many = (StageDir(by_workers[n] / f"{method}-{preset}", "train_cam", "key") for n in (1, number))
     assert [step for step, _ in curve(many)] == [step for step, _ in curve(one)] == [1, 2, 3, 4]
-    for (_, got), (_, wanted) in zip(curve(many), curve(one), strict=True):
+    for (_, got), (_, wanted) in zip(curve(many)[:2], curve(one)[:2], strict=True):
         assert_close(got, wanted, rtol=1e-5)
-    # Weights are compared in float64. In float32 a sum of other order can turn one ReLU over, and with it a gradient:
-    # seen once in 24 trainings, one channel of one layer, 1e-3 of a bias that started from 0.
+    # The whole curve and the weights are compared in float64. In float32 a sum of other order can turn one ReLU over,
+    # and with it a gradient: seen in 2 of 24 trainings, one channel of one layer, 1e-3 of a bias that started from 0, and
+    # eps with 2 workers, whose curve agrees to 4e-7 for 3 steps and has an intra-view loss 3e-5 off at the 4th.
     one, many = (StageDir(by_workers[n] / f"{method}-{preset}" / "float64", "train_cam", "key") for n in (1, number))
     for (_, got), (_, wanted) in zip(curve(many), curve(one), strict=True):
         assert_close(got, wanted, rtol=1e-6)
