@@ -160,8 +160,8 @@ def test_a_whole_training_gives_the_same_curve_and_weights_with_any_number_of_wo
     for (_, got), (_, wanted) in zip(curve(many)[:2], curve(one)[:2], strict=True):
         assert_close(got, wanted, rtol=1e-5)
     # The whole curve and the weights are compared in float64. In float32 a sum of other order can turn one ReLU over,
-    # and with it a gradient: seen in 2 of 24 trainings, one channel of one layer, 1e-3 of a bias that started from 0, and
-    # eps with 2 workers, whose curve agrees to 4e-7 for 3 steps and has an intra-view loss 3e-5 off at the 4th.
+    # and with it a gradient: seen in 2 of 24 trainings. One channel of one layer, 1e-3 of a bias that started from 0;
+    # and eps with 2 workers, whose curve agrees to 4e-7 for 3 steps and has an intra-view loss 3e-5 off at the 4th.
     one, many = (StageDir(by_workers[n] / f"{method}-{preset}" / "float64", "train_cam", "key") for n in (1, number))
     for (_, got), (_, wanted) in zip(curve(many), curve(one), strict=True):
         assert_close(got, wanted, rtol=1e-6)
