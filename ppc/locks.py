@@ -107,8 +107,8 @@ class Lease:
                 return True
             if _condition_failed(error):
                 # A renewal whose answer got lost, and with it the version to go on from: it is ours all the same.
-                again = held and found.get("owner") == self._owner and found.get("held") and "IfMatch" in condition
-                return bool(again) and self._put(held=held, IfMatch=version)
+                ours = found.get("owner") == self._owner and bool(found.get("held"))
+                return ours and self._put(held=held, IfMatch=version)
             raise  # a store that is full, or where we may not write: no use in waiting for it
         self._version = str(answer["ETag"])
         return True

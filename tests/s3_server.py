@@ -32,12 +32,15 @@ def free_port() -> int:
 @contextmanager
 def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
     """Start a server with an empty bucket, point this process and its children at it; its address."""
+    from s3fs import S3FileSystem
+
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     for name, value in {**KEYS, "AWS_ENDPOINT_URL": address}.items():
         patch.setenv(name, value)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=dict(os.environ))
+    S3FileSystem.clear_instance_cache()  # s3fs keeps connections by their arguments, and the address is none of them
     try:
         deadline = time.monotonic() + 60
         while True:
@@ -53,6 +56,7 @@ def s3_server(patch: pytest.MonkeyPatch) -> Iterator[str]:
     finally:
         process.kill()
         process.wait()
+        S3FileSystem.clear_instance_cache()
 
 
 class Gate(socketserver.ThreadingTCPServer):

@@ -99,6 +99,8 @@ def test_a_renewal_whose_answer_got_lost_is_no_loss_of_the_lease(bucket: str) ->
     assert lease._put(IfMatch=lease._version) and lease._version == lease._get()[0] != known
     lease._version = known
     assert not Lease(path)._put(IfMatch=known), "another one has to wait"
+    lease.release()
+    assert Lease(path).try_acquire(), "it was given back, though its version was not known"
 
 
 def test_a_lease_that_was_taken_over_is_not_taken_back_by_its_old_holder(

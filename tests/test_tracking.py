@@ -559,7 +559,8 @@ def test_a_run_of_a_trial_that_left_the_study_ends(fake: FakeStudy) -> None:
     fake.start(0, heartbeat_ms=dead_ms())
     fake.finish(1, 0.5)
     tracker_of(fake, "002").sync(fake.rows[3:])
-    assert [run.info.status for run in runs_of(fake).values()] == ["RUNNING", "FINISHED", "KILLED"]  # newest first
+    found = {run.data.tags["ppc.trial_key"]: run.info.status for run in runs_of(fake).values()}
+    assert [found[row.key] for row in fake.rows[:3]] == ["KILLED", "FINISHED", "RUNNING"]
 
 
 def test_the_end_of_a_launch_tells_how_it_went(fake: FakeStudy) -> None:
