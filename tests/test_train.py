@@ -160,8 +160,8 @@ def test_a_whole_training_gives_the_same_curve_and_weights_with_any_number_of_wo
     for (_, got), (_, wanted) in zip(curve(many), curve(one), strict=True):
         assert_close(got, wanted, rtol=1e-5)
     # The weights are compared in float64: in float32 a sum of other order can turn one ReLU over, and with it a
-    # gradient. Seed 0 has one that was looked at: eps with 2 workers has in step 3 one of 6,144 inputs of the fourth
-    # ReLU within 2e-6 of 0 and on its other side, and biases 2e-3 off after it. Hence seed 1 here, where none turns over.
+    # gradient. One was looked at, of eps with 2 workers and seed 0: in step 3 one of 6,144 inputs of the fourth ReLU is
+    # within 2e-6 of 0, and on the other side of it; after that biases are 2e-3 off. Hence seed 1, without such a one.
     one, many = (StageDir(by_workers[n] / f"{method}-{preset}" / "float64", "train_cam", "key") for n in (1, number))
     for (_, got), (_, wanted) in zip(curve(many), curve(one), strict=True):
         assert_close(got, wanted, rtol=1e-6)
