@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from statistics import fmean, stdev
 
 FEWEST_PAIRS = 3  # with two there is one degree of freedom, and no star below t = 12.7
+FEW_PAIRS = 6  # below it a star is a reason to run more seeds, not a finding: their spread may be small by chance
 ALPHA = 0.05
 STARS = ((0.001, "***"), (0.01, "**"), (ALPHA, "*"))
 EQUAL = 1e-9  # of the values: differences that agree to this are rounding of one number, not evidence
@@ -99,6 +100,12 @@ def rule(tests: Mapping[str, PairedTest]) -> list[str]:
         words.append(
             f"p: two-sided paired t-test over the seeds shared with the baseline, Holm's correction over "
             f"{len(made)} test(s); * below 0.05, ** below 0.01, *** below 0.001."
+        )
+    few = [variant for variant, test in tests.items() if test.stars and test.pairs < FEW_PAIRS]
+    if few:
+        words.append(
+            f"Fewer than {FEW_PAIRS} pairs: {', '.join(few)}. The differences of so few seeds can lie close together by "
+            "chance, and then p is small: run these rows again with seeds that were not looked at before you rely on a star."
         )
     without = dict[str, list[str]]()
     for variant, test in tests.items():

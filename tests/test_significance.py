@@ -66,13 +66,22 @@ def test_only_tests_that_were_made_are_corrected_for() -> None:
     assert tests["a"].p_holm == tests["a"].p and tests["a"].stars == "***"
     assert tests["again"].p is None and tests["again"].why_not == "its trials are those of a"
     words = rule(tests)
-    assert (
-        "over 1 test(s)" in words[0]
-        and words[1] == "No test, hence no star, for few: 1 shared seed(s), a test needs 3."
-    )
+    assert "over 1 test(s)" in words[0]
+    assert words[2] == "No test, hence no star, for few: 1 shared seed(s), a test needs 3."
     assert rule(against_baseline({"base": BASE, "few": {0: 0.1}}, "base"))[0].startswith(
         "No test, hence no star, for any variant: 1 shared"
     )
     assert rule({}) == []
     with pytest.raises(ValueError, match="baseline 'b' is not among"):
         against_baseline({"a": {}}, "b")
+
+
+@pytest.mark.parametrize(("pairs", "warned"), [(3, True), (5, True), (6, False)])
+def test_a_star_of_few_seeds_asks_for_fresh_ones(pairs: int, warned: bool) -> None:
+    base = {seed: 0.4 + 0.01 * seed for seed in range(pairs)}
+    starred = {seed: value + 0.05 + 0.001 * (seed % 2) for seed, value in base.items()}
+    unclear = {seed: value + 0.05 * (-1) ** seed for seed, value in base.items()}
+    tests = against_baseline({"base": base, "starred": starred, "unclear": unclear}, "base")
+    assert tests["starred"].stars and not tests["unclear"].stars
+    said = [line for line in rule(tests) if "seeds that were not looked at before" in line]
+    assert len(said) == warned and all("Fewer than 6 pairs: starred." in line for line in said)
