@@ -104,8 +104,9 @@ def rule(tests: Mapping[str, PairedTest]) -> list[str]:
     few = [variant for variant, test in tests.items() if test.stars and test.pairs < FEW_PAIRS]
     if few:
         words.append(
-            f"Fewer than {FEW_PAIRS} pairs: {', '.join(few)}. The differences of so few seeds can lie close together by "
-            "chance, and then p is small: run these rows again with seeds that were not looked at before you rely on a star."
+            f"Fewer than {FEW_PAIRS} pairs: {', '.join(few)}. The differences of so few seeds can lie close together "
+            "by chance, and then p is small: run these rows again with seeds that were not looked at before you rely "
+            "on a star."
         )
     without = dict[str, list[str]]()
     for variant, test in tests.items():
