@@ -19,14 +19,23 @@ from ppc.backbones import NORMALISATIONS
 from ppc.cam import seed_from_cam
 from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_scores, refine_seed
-from ppc.data.labels import read_label_file
+from ppc.data.labels import DataError, read_label_file
+from ppc.data.voc import VocLayout
 from ppc.figures import read_palette_png
 from ppc.methods import METHODS, build_net, class_maps
 from ppc.metrics import OFFICIAL_THRESHOLDS, curve_counts
 from ppc.planning import Planner, TrialPlan
 from ppc.runtime import LocalRuntime
 from ppc.stages import STAGES, needs_of, plan_stages
-from ppc.stages.make_seeds import chosen_score, infer_cam, read_cam, scaled, val_subset
+from ppc.stages.make_seeds import (
+    chosen_score,
+    images_of,
+    infer_cam,
+    read_cam,
+    refuse_two_tag_sets,
+    scaled,
+    val_subset,
+)
 from ppc.stages.train_cam import load_net
 from ppc.trial import run_trial
 
@@ -272,6 +281,22 @@ def test_protocol_val_subset_looks_at_its_own_images(storage: Storage, scenes: P
         *data.ids("train"),
         *dict(map(reversed, chosen)),
     }
+
+
+def test_an_image_whose_splits_disagree_on_its_tags_gets_no_cam_of_either(scenes: Path, tmp_path: Path) -> None:
+    root = tmp_path / "two-truths"
+    shutil.copytree(scenes, root)
+    lists = root / "ImageSets" / "Segmentation"
+    shutil.copy(lists / "train.txt", lists / "train_aug.txt")
+    shutil.copytree(root / "SegmentationClass", root / "SegmentationClassAug")
+    cfg = tiny_config({"data.labels": "masks", "seeds.splits": ["train", "train_aug"]}, root)
+    data = VocLayout(root, labels="masks")
+    refuse_two_tag_sets(images_of(cfg, data), data)
+    image_id = data.ids("train")[2]
+    path = root / "SegmentationClassAug" / f"{image_id}.png"
+    Image.fromarray(np.full_like(read_palette_png(path), 2)).save(path)
+    with pytest.raises(DataError, match=rf"two-truths: {image_id} has other tags in each split \(train: .*train_aug: "):
+        run(Storage(tmp_path / "storage"), cfg)
 
 
 def test_several_splits_are_scored_each_on_its_own(storage: Storage, scenes: Path) -> None:

@@ -21,6 +21,7 @@ from ppc.artifacts import Progress, StageDir
 from ppc.cam import NormRule, merge_scales, seed_from_cam
 from ppc.config import TrialConfig
 from ppc.data import Dataset
+from ppc.data.labels import DataError
 from ppc.faults import StorageError
 from ppc.figures import overlay, palette_png
 from ppc.methods import METHODS, ClassMaps, class_maps
@@ -60,6 +61,7 @@ def run(context: StageContext) -> dict[str, Any]:
     """Infer, count, choose the score, write the seeds."""
     cfg, dataset, folder = context.cfg, context.dataset, context.folder
     items = images_of(cfg, dataset)
+    refuse_two_tag_sets(items, dataset)
     progress = Progress(folder / "progress.json", total=2 * len(items), unit="image", used=context.rt.meter.read)
     subset = frozenset(val_subset(cfg, dataset)) if cfg.seeds.protocol == "val_subset" else frozenset()
     shared = Shared(cfg, folder, context.inputs["train_cam"] / "weights.pt", dataset, subset)
@@ -103,6 +105,20 @@ def images_of(cfg: TrialConfig, dataset: Dataset) -> list[Item]:
     if cfg.seeds.protocol == "val_subset":
         items += val_subset(cfg, dataset)
     return list(dict.fromkeys(items))
+
+
+def refuse_two_tag_sets(items: Sequence[Item], dataset: Dataset) -> None:
+    """DataError for an image of several splits whose masks give it other tags in each: it has one CAM, of its tags."""
+    splits: dict[str, list[str]] = {}
+    for split, image_id in items:
+        splits.setdefault(image_id, []).append(split)
+    for image_id, of_image in splits.items():
+        labels = [dataset.image_label(image_id, split=split) for split in of_image] if len(of_image) > 1 else []
+        if any(not np.array_equal(label, labels[0]) for label in labels):
+            names = [[dataset.class_names[k] for k in np.flatnonzero(label)] for label in labels]
+            told = ", ".join(f"{split}: {' '.join(tags)}" for split, tags in zip(of_image, names, strict=True))
+            remedy = "make seeds of one of these splits (seeds.splits), or take the tags from elsewhere (data.labels)"
+            raise DataError(dataset.root, f"{image_id} has other tags in each split ({told})", remedy)
 
 
 def val_subset(cfg: TrialConfig, dataset: Dataset) -> list[Item]:
