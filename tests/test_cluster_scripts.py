@@ -28,8 +28,9 @@ def test_scripts_pass_shellcheck_and_stop_at_errors(path: Path) -> None:
 
 
 STUB = """#!/usr/bin/env bash
-# records its arguments, then does what the test told
-{ printf '%s' "${0##*/}"; printf '\\t%s' "$@"; printf '\\n'; } >> "$STUB_LOG"
+# records its arguments, in one write because steps start side by side, then does what the test told
+printf -v words '\\t%s' "$@"
+printf '%s\\n' "${0##*/}$words" >> "$STUB_LOG"
 """
 
 

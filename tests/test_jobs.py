@@ -14,6 +14,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import NamedTuple
@@ -250,7 +251,8 @@ def running_head() -> Iterator[Head]:
     finally:
         family = [process, *psutil.Process(process.pid).children(recursive=True)]
         for member in family:
-            member.kill()
+            with suppress(psutil.NoSuchProcess):
+                member.kill()
         process.wait()
         psutil.wait_procs(family[1:], timeout=10)
         shutil.rmtree(temporary, ignore_errors=True)

@@ -36,6 +36,14 @@ def all_runs(storage: Storage, study: str, wanted: str = "") -> list[Any]:
     return client.search_runs([experiment.experiment_id], wanted)
 
 
+def name_of(process: psutil.Process) -> str:
+    """Its name, or nothing where it has ended since."""
+    try:
+        return process.name()
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def child_runs(storage: Storage, study: str) -> list[Any]:
     return all_runs(storage, study, "tags.`ppc.kind` = 'trial'")
 
@@ -118,7 +126,7 @@ def test_a_killed_launch_is_resumed_and_finished_trials_stay(tmp_path: Path) -> 
     since_s = time.mktime(time.strptime(since, "%Y-%m-%d %H:%M:%S"))
     assert psutil.Process(process.pid).create_time() - 1 <= since_s <= time.time()
     children = psutil.Process(process.pid).children(recursive=True)
-    agents = [child for child in children if child.name().endswith("Agent")]
+    agents = [child for child in children if name_of(child).endswith("Agent")]
     process.send_signal(signal.SIGKILL)
     process.wait()
     gone, left = psutil.wait_procs([child for child in children if child not in agents], timeout=30)

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,8 @@ class Server:
         """Send a signal to all of its processes."""
         assert self._process is not None
         for process in [*self._process.children(recursive=True), self._process]:
-            process.send_signal(number)
+            with suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
         if number == signal.SIGKILL:
             self._process.wait(30)
 

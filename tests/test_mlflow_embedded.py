@@ -66,8 +66,22 @@ def family(pid: int) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
+def alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
+
+
 def gone(processes: list[psutil.Process]) -> bool:
-    return not [p for p in processes if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
+    return not any(alive(process) for process in processes)
 
 
 LAUNCH = """
@@ -107,7 +121,7 @@ def test_a_launch_has_a_server_that_a_kill_takes_along(tmp_path: Path, template:
         with LaunchServer(storage, "k", heard.append):  # of a second launch
             assert until(lambda: heard, 20) and heard == [link]
         assert running(storage) == (url, "launch"), "who only found it does not end it"
-        children = [p for p in family(launch.pid)[1:] if "tether.py" in " ".join(p.cmdline())]
+        children = [p for p in family(launch.pid)[1:] if "tether.py" in command(p)]
         processes = [p for child in children for p in family(child.pid)]
         assert len(processes) >= 3, "tether, mlflow and its worker"
         launch.kill()
