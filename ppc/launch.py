@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -30,6 +29,7 @@ from ppc.mlflow_server import is_server, tracking_uri
 from ppc.mlflow_views import links
 from ppc.notify import check_url, notifying
 from ppc.places import StoragePath, is_remote
+from ppc.processes import this_process
 from ppc.report import build_report, live_note, print_report, write_report
 from ppc.stopping import must_run, no_effect
 from ppc.study_config import EarlyStopping
@@ -66,7 +66,7 @@ def launch_lock(folder: StudyDir) -> Iterator[None]:
             stack.enter_context(locked(folder.launch_lock, timeout_s=timeout_s))
         except LockedError as error:
             raise _held(folder.name, read_json(holder) or {}) from error
-        write_json(holder, {"pid": os.getpid(), "host": socket.gethostname(), "since_ms": now_ms()})
+        write_json(holder, {**this_process(), "since_ms": now_ms()})
         yield
 
 

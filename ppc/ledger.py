@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from typing import Any
 
 from ppc.artifacts import StageDir, Storage, TrialDir, now_ms, read_json
 from ppc.places import is_remote
+from ppc.processes import is_gone
 
 HEARTBEAT_S = 5.0
 REMOTE_READERS = 16  # trials read at a time from an object store
@@ -66,18 +66,10 @@ def stage_dirs(storage: Storage, row: TrialRow) -> list[StageDir]:
 
 
 def alive(state: dict[str, Any]) -> bool:
-    """Whether a process stands behind a RUNNING state: its heartbeat is fresh and, on this host, its pid exists."""
+    """Whether a process stands behind a RUNNING state: its heartbeat is fresh, and it is not known to have ended."""
     if now_ms() - state.get("heartbeat_ms", 0) > STALE_S * 1000:
         return False
-    if state.get("host") != socket.gethostname():
-        return True
-    try:
-        os.kill(int(state.get("pid", -1)), 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+    return not is_gone(state)
 
 
 _ended_here: set[tuple[str, int]] = set()  # folders and attempts of trials that this process has ended

@@ -3,8 +3,6 @@ lease that its holder renews."""
 
 from __future__ import annotations
 
-import os
-import socket
 import threading
 import time
 import uuid
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 
 from ppc.places import StoragePath, told
+from ppc.processes import is_gone, this_process
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -95,8 +94,7 @@ class Lease:
 
     def _put(self, *, held: bool = True, **condition: str) -> bool:
         """Write the object under a condition; whether it is ours now."""
-        value = {"owner": self._owner, "host": socket.gethostname(), "pid": os.getpid(), "held": held,
-                 "beat": uuid.uuid4().hex}  # fmt: skip
+        value = {"owner": self._owner, **this_process(), "held": held, "beat": uuid.uuid4().hex}
         body = dumps(value).encode()
         try:
             answer = self._fs.call_s3("put_object", Bucket=self._bucket, Key=self._key, Body=body, **condition)
@@ -145,9 +143,7 @@ class Lease:
     def _is_stale(self, version: str, holder: dict[str, Any]) -> bool:
         if version != self._seen[0]:
             self._seen = (version, time.monotonic())
-        if holder.get("host") == socket.gethostname() and not _process_exists(holder.get("pid")):
-            return True
-        return time.monotonic() - self._seen[1] >= STALE_S
+        return is_gone(holder) or time.monotonic() - self._seen[1] >= STALE_S
 
     def _renew(self) -> None:
         said = False
@@ -176,13 +172,3 @@ def _condition_failed(error: OSError) -> bool:
     answer = getattr(error.__cause__, "response", {})
     status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     return status in (409, 412) or answer.get("Error", {}).get("Code") == "NoSuchKey"
-
-
-def _process_exists(pid: Any) -> bool:
-    try:
-        os.kill(int(pid), 0)
-    except (ProcessLookupError, TypeError, ValueError):
-        return False
-    except PermissionError:
-        return True
-    return True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import threading
 import time
@@ -19,6 +18,7 @@ from ppc.faults import storage_error
 from ppc.ledger import FAILED, FINISHED, HEARTBEAT_S, KILLED, RUNNING, STOPPED, note_end
 from ppc.places import remove
 from ppc.planning import data_splits, open_data, tagged_splits
+from ppc.processes import this_process
 from ppc.redact import without_secrets
 from ppc.runtime import Runtime, remedy
 from ppc.stages import (
@@ -36,8 +36,8 @@ class _State:
         self._trial, self._lock, self._stop = trial, threading.Lock(), threading.Event()
         attempt = int(trial.state().get("attempt", 0)) + 1
         self._values: dict[str, Any] = {
-            "state": RUNNING, "attempt": attempt, "host": socket.gethostname(), "pid": os.getpid(),
-            "started_ms": now_ms(), "stage": None, "stage_key": None, "runtime": cfg.runtime.model_dump(mode="json"),
+            "state": RUNNING, "attempt": attempt, **this_process(), "started_ms": now_ms(),
+            "stage": None, "stage_key": None, "runtime": cfg.runtime.model_dump(mode="json"),
         }  # fmt: skip
         self._thread = threading.Thread(target=self._beat, daemon=True)
 

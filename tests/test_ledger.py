@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 
 from ppc.artifacts import Progress, Storage, now_ms, write_json
 from ppc.ledger import STALE_S, alive, counts, missing, read_rows, stage_dirs
+from ppc.processes import this_process
 
 STUDY: dict[str, Any] = {
     "created_ms": 1_000_000,
@@ -35,7 +34,7 @@ def dead_pid() -> int:
 
 
 def state(word: str, **changes: Any) -> dict[str, Any]:
-    here = {"state": word, "attempt": 1, "host": socket.gethostname(), "pid": os.getpid(), "heartbeat_ms": now_ms()}
+    here = {"state": word, "attempt": 1, **this_process(), "heartbeat_ms": now_ms()}
     return {**here, "started_ms": 5, "stage": "train_cam", "stage_key": "c0", **changes}
 
 
@@ -65,6 +64,7 @@ def test_running_needs_a_fresh_heartbeat_and_a_living_process(tmp_path: Path, de
         ({"heartbeat_ms": stale}, "INTERRUPTED"),
         ({"pid": dead_pid}, "INTERRUPTED"),
         ({"pid": dead_pid, "host": "elsewhere"}, "RUNNING"),  # of another machine only the heartbeat is known
+        ({"pid": dead_pid, "pid_space": "pid:[1]"}, "RUNNING"),  # nor of another container of this host
         ({"heartbeat_ms": stale, "host": "elsewhere"}, "INTERRUPTED"),
         ({"pid": 1}, "RUNNING"),  # somebody else's process, which may not be signalled, is a process all the same
     ]

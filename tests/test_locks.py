@@ -17,6 +17,7 @@ from ppc import locks
 from ppc.artifacts import write_json
 from ppc.locks import Lease, LockedError, locked
 from ppc.places import StoragePath, read_bytes, storage_path
+from ppc.processes import this_process
 
 
 def test_of_many_that_want_a_lock_one_at_a_time_has_it(place: StoragePath) -> None:
@@ -87,6 +88,22 @@ def test_a_lease_of_another_host_is_taken_over_when_it_is_not_renewed(
         assert json.loads(read_bytes(path))["beat"] != held["beat"], "it is renewed while it is held"
         with pytest.raises(LockedError), locked(path, timeout_s=1.5, poll_s=0.05):
             raise AssertionError("a lease that is renewed was taken over")
+
+
+@pytest.mark.parametrize(
+    ("changes", "free"), [({}, True), ({"host": "elsewhere"}, False), ({"pid_space": "pid:[1]"}, False)]
+)
+def test_only_of_this_host_and_container_a_process_is_known_to_be_gone(
+    changes: dict[str, str], free: bool, bucket: str
+) -> None:
+    path: Any = storage_path(f"{bucket}/{uuid.uuid4().hex}/.lock")
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    write_json(path, {"owner": "them", **this_process(), "pid": ended.pid, "held": True, **changes})
+    lease = Lease(path)
+    assert lease.try_acquire() == free
+    if free:
+        lease.release()
 
 
 def test_a_renewal_whose_answer_got_lost_is_no_loss_of_the_lease(bucket: str) -> None:
