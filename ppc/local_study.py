@@ -18,6 +18,7 @@ from ppc.ledger import TrialRow
 from ppc.redact import without_secrets
 from ppc.runtime import LocalRuntime, WorkerDiedError
 from ppc.trial import record_failure, run_trial
+from ppc.turns import Turns
 
 PR_SET_PDEATHSIG = 1  # a name of Linux's prctl.h
 ENDING = (signal.SIGINT, signal.SIGTERM)
@@ -32,34 +33,36 @@ def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int)
     """
     cpus = os.cpu_count() or 1
     if max_concurrent == 1:
-        for row in rows:
-            if (met := _run_row(row, storage, cpus)) is not None:
-                raise met
+        _run_here(rows, storage, cpus)
         return
-    context = get_context("spawn")
+    turns, context = Turns(rows, storage), get_context("spawn")
+    share = max(1, cpus // max_concurrent)
     fault: StorageError | None = None
-    waiting, running = list(reversed(rows)), dict[int, tuple[SpawnProcess, TrialRow, Connection]]()
+    running = dict[int, tuple[SpawnProcess, TrialRow, Connection]]()
+
+    def fill_places() -> None:
+        while len(running) < max_concurrent and (row := turns.take()) is not None:
+            told, tell = context.Pipe(duplex=False)
+            process = context.Process(target=_own_process, args=(row, storage, share, os.getpid(), tell))
+            process.start()
+            tell.close()
+            running[process.sentinel] = (process, row, told)
+
     try:
-        while waiting or running:
-            while waiting and len(running) < max_concurrent:
-                row = waiting.pop()
-                share = max(1, cpus // max_concurrent)
-                told, tell = context.Pipe(duplex=False)
-                process = context.Process(target=_own_process, args=(row, storage, share, os.getpid(), tell))
-                process.start()
-                tell.close()
-                running[process.sentinel] = (process, row, told)
+        fill_places()
+        while running:
             for sentinel in wait(list(running)):
                 assert isinstance(sentinel, int)
                 process, row, told = running.pop(sentinel)
                 process.join()
+                turns.end(row.key)
                 with told, suppress(EOFError):  # it had nothing to tell
                     fault = StorageError(*told.recv())
                 if process.exitcode:
                     died = WorkerDiedError(f"the trial's process died (exit code {process.exitcode})")
                     record_failure(storage.trial(row.key), died)
-            if fault is not None:
-                waiting.clear()
+            if fault is None:
+                fill_places()
     finally:  # nothing of this launch works on when it is gone
         for process, *_ in running.values():
             process.terminate()
@@ -67,6 +70,12 @@ def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int)
             process.join()
     if fault is not None:
         raise fault
+
+
+def _run_here(rows: Sequence[TrialRow], storage: Storage, cpus: int) -> None:
+    for row in rows:
+        if (fault := _run_row(row, storage, cpus)) is not None:
+            raise fault
 
 
 def _own_process(row: TrialRow, storage: Storage, cpus: int, parent: int, tell: Connection) -> None:
