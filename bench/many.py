@@ -48,8 +48,10 @@ def launch(trials: int) -> dict[str, float]:
         words = ["study", "launch", str(study), "--tiny", "--max-concurrent", "2", "--num-cpus", "2"]
         command = [sys.executable, "-c", "from ppc.cli import main; main()", *words, "--storage", str(storage.root)]
         start = time.time()
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         end = time.time()
+        if done.returncode:
+            sys.exit(f"a launch of {trials} trials ended with exit code {done.returncode}:\n{done.stdout[-20_000:]}")
         rows = read_rows(storage, storage.study(NAME).definition())
         assert len(rows) == trials and all(row.state == FINISHED for row in rows)
         ends_s = sorted(row.result["finished_ms"] / 1000 for row in rows if row.result)
