@@ -17,7 +17,6 @@ from typing import Any
 import ray
 from ray import tune
 from ray._private import ray_constants as constants
-from ray.tune.search import Searcher
 
 from ppc.artifacts import Storage
 from ppc.config import TrialConfig
@@ -29,7 +28,6 @@ from ppc.ray_stopping import Early, KeepingAsha, reporting
 from ppc.runtime import WorkerDiedError
 from ppc.train import TrainingStopped
 from ppc.trial import record_failure, run_trial
-from ppc.turns import Turns
 
 QUIET_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
@@ -130,9 +128,8 @@ def run_rows(
     logging.getLogger("ray.tune.execution.experiment_state").setLevel(logging.CRITICAL)
     tuner = tune.Tuner(
         trainable,
+        param_space={"key": tune.grid_search(list(trials))},
         tune_config=tune.TuneConfig(
-            search_alg=_InTurn(Turns(rows, storage)),
-            num_samples=len(rows),
             max_concurrent_trials=concurrency(rows, max_concurrent),
             scheduler=early and KeepingAsha(early, rows, storage),
             reuse_actors=True,
@@ -159,29 +156,6 @@ def run_rows(
                 faults.append(fault)
     if faults:  # one full disk is one message, however many trials met it
         raise faults[0]
-
-
-class _InTurn(Searcher):  # type: ignore[misc]  # Ray is untyped
-    """What Tune asks for a trial whenever a place is free."""
-
-    def __init__(self, turns: Turns) -> None:
-        super().__init__()
-        self._turns = turns
-        self._keys: dict[str, str] = {}  # of our trial, by the name of Tune's
-
-    def suggest(self, trial_id: str) -> dict[str, Any] | None:
-        """Called by Tune."""
-        if (row := self._turns.take()) is None:
-            return None
-        self._keys[trial_id] = row.key
-        return {"key": row.key}
-
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Called by Tune before it asks for the next one."""
-        self._turns.end(self._keys[trial_id])
-
-    def save(self, checkpoint_path: str) -> None:
-        """Nothing: what is left to do is in the ledger."""
 
 
 def _drive(

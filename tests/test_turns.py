@@ -77,12 +77,10 @@ def test_storage_that_does_not_answer_costs_the_order_alone(
     assert names(turns, 7) == ["K0 s0", "K4 s0", "K0 s1", "K4 s1", "K0 s2", "K4 s2"]
 
 
-@pytest.mark.parametrize("local", [True, pytest.param(False, marks=pytest.mark.ray)])
-@pytest.mark.filterwarnings("ignore")  # of Ray
-def test_a_launch_trains_both_seeds_before_it_looks_at_one_twice(local: bool, tmp_path: Path) -> None:
+def test_a_launch_trains_both_seeds_before_it_looks_at_one_twice(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     study = make_study(storage, axes={"seeds.map": ["method", "cam"]})
-    where = Where(local=local, tracking="none", max_concurrent=2, num_cpus=None if local else 2)
+    where = Where(local=True, tracking="none", max_concurrent=2)
     assert run_study(storage, "k", where, QUIET) == 0
     rows = sorted(read_rows(storage, study), key=lambda row: row.started_ms or 0)
     trained = [row.stages[0]["key"] for row in rows]
