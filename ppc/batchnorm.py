@@ -14,6 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+# Kinds of BatchNorm and the layers that each applies to what it has normalised, in this order; the second is timm's.
+KNOWN_KINDS = {"BatchNorm2d": [], "BatchNormAct2d": ["drop", "act"]}
+
 
 def _of_all_workers(row_X: Tensor) -> Tensor:
     """The row of every worker, (W, X). Gathered and not reduced: then each adds them up in the same order."""
@@ -57,7 +60,8 @@ class GlobalBatchNorm2d(nn.Module):
     """nn.BatchNorm2d with the same tensors, by the same names; several workers share their statistics.
 
     Alone it calls torch's own. No subclass of torch's: what freezes BatchNorm, and keeps it out of the optimiser, must
-    not find this one. ValueError for a single value a channel, which has no spread.
+    not find this one. ValueError for a single value a channel, which has no spread. The layers that `like` has of its
+    own (timm's has a dropout and the activation) come after it, under their names.
     """
 
     def __init__(self, like: _BatchNorm, *, momentum: float, affine_trained: bool) -> None:
@@ -70,9 +74,17 @@ class GlobalBatchNorm2d(nn.Module):
         self.running_mean: Tensor
         self.running_var: Tensor
         self.num_batches_tracked: Tensor
+        for name, layer in like.named_children():
+            self.add_module(name, layer)
 
     def forward(self, x_NCHW: Tensor) -> Tensor:
         """Normalise by the global batch in training, which updates the stored statistics; else by these."""
+        x_NCHW = self._normalise(x_NCHW)
+        for layer in self.children():
+            x_NCHW = layer(x_NCHW)
+        return x_NCHW
+
+    def _normalise(self, x_NCHW: Tensor) -> Tensor:
         if self.training:
             self.num_batches_tracked += 1
         if self.training and dist.is_initialized() and dist.get_world_size() > 1:
@@ -94,9 +106,18 @@ class GlobalBatchNorm2d(nn.Module):
 
 
 def train_batch_norm(module: nn.Module, *, momentum: float, affine_trained: bool) -> None:
-    """Put a GlobalBatchNorm2d in the place of each BatchNorm under `module`, with its very tensors."""
+    """Put a GlobalBatchNorm2d in the place of each BatchNorm under `module`, with its very tensors.
+
+    ValueError for a kind of BatchNorm that this does not know: it may do more than normalise.
+    """
     for name, child in module.named_children():
         if isinstance(child, _BatchNorm):
+            own_layers = [layer for layer, _ in child.named_children()]
+            if own_layers != KNOWN_KINDS.get(type(child).__name__):
+                raise ValueError(
+                    f"{name} is a {type(child).__name__}, which may do more than normalise: this backbone's BatchNorm "
+                    "cannot be trained; set segmentation.batch_norm: frozen, or take another backbone"
+                )
             setattr(module, name, GlobalBatchNorm2d(child, momentum=momentum, affine_trained=affine_trained))
         else:
             train_batch_norm(child, momentum=momentum, affine_trained=affine_trained)

@@ -43,6 +43,10 @@ def check_trial(cfg: TrialConfig) -> Iterator[tuple[str, str]]:
     yield from _check_segmentation(cfg)
     if cfg.views.target_px is not None and cfg.views.target_px > cfg.train.crop_px:
         yield "views.target_px", f"{cfg.views.target_px} is larger than train.crop_px {cfg.train.crop_px}"
+    two_cells = 2 * cfg.backbone.output_stride
+    if cfg.method.name == "eps_seam" and (cfg.views.target_px or cfg.train.crop_px) < two_cells:
+        problem = f"is fewer than two cells of backbone.output_stride {cfg.backbone.output_stride} ({two_cells} pixels)"
+        yield "views.target_px", f"{problem}: eps_seam's losses take a quarter of the cells"
     if cfg.contrast.negatives == "ranks" and cfg.contrast.negative_rank_from >= cfg.contrast.negative_rank_to:
         yield "contrast.negative_rank_from", "must be smaller than contrast.negative_rank_to"
     if "make_seeds" in cfg.stages and cfg.seeds.protocol == "best_on_train":

@@ -59,6 +59,37 @@ def test_alone_it_is_torchs_bit_for_bit(dtype: torch.dtype) -> None:
     assert torch.equal(ours.eval()(fed[0][0]), theirs.eval()(fed[0][0]))
 
 
+def test_what_else_timms_batch_norm_does_is_still_done() -> None:
+    """Its dropout and activation are layers of the norm itself: the same values, gradients and statistics as there."""
+    timm = pytest.importorskip("timm.layers")
+    ours, theirs = (
+        nn.Sequential(timm.BatchNormAct2d(3, act_layer=nn.LeakyReLU, drop_layer=nn.Tanh, act_kwargs={"inplace": False}))
+        for _ in range(2)
+    )
+    for net in (ours, theirs):
+        net[0].weight.data, net[0].bias.data = drawn(3, seed=1), drawn(3, seed=2)
+        net.double()
+    train_batch_norm(ours, momentum=0.1, affine_trained=True)
+    assert isinstance(ours[0], GlobalBatchNorm2d) and ours.state_dict().keys() == theirs.state_dict().keys()
+    fed = [(5 + drawn(4, 3, 4, 5, seed=s), drawn(4, 3, 4, 5, seed=s + 9)) for s in (50, 60)]
+    one, two = after_steps(ours, fed), after_steps(theirs, fed)
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in two)
+    assert (one["y"] < 0).any() and one["y"].abs().max() < 1
+
+
+class NormThenDouble(nn.BatchNorm2d):
+    """A kind of BatchNorm that nobody knows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def test_a_batch_norm_of_an_unknown_kind_is_refused_by_name() -> None:
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(NormThenDouble(4)))
+    with pytest.raises(ValueError, match=r"0 is a NormThenDouble.*segmentation\.batch_norm: frozen"):
+        train_batch_norm(net, momentum=0.1, affine_trained=False)
+
+
 def test_affine_parameters_that_are_not_trained_have_no_gradient() -> None:
     net = layers()
     train_batch_norm(net, momentum=0.1, affine_trained=False)

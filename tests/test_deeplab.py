@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from conftest import GOLDEN, golden
 from test_nets import rule_weights
+from tiny_run import tiny_config
 from torch import Tensor, nn
 
 from ppc.backbones import build_backbone
@@ -18,6 +19,7 @@ from ppc.batchnorm import GlobalBatchNorm2d
 from ppc.deeplab import SEG_HEADS, Aspp, BatchNormMode, SegNet, official_momentum
 from ppc.dropout import SeededDropout, set_dropout_seeds
 from ppc.optim import param_groups
+from ppc.stages import versions_of
 
 OFFICIAL_NETS = {"resnet38": "resnet38d", "resnet101": "resnet101s"}
 
@@ -110,6 +112,22 @@ def test_what_a_training_step_does_to_batch_norm(mode: BatchNormMode, stored: in
     assert kinds == ({nn.BatchNorm2d} if mode == "frozen" else {GlobalBatchNorm2d})
 
 
+def test_training_its_batch_norm_leaves_a_timm_net_the_net_that_it_is() -> None:
+    """timm's nets have their activations within BatchNorm."""
+    pytest.importorskip("timm")
+    name = "timm:tf_efficientnet_lite0"
+    body = build_backbone(name, output_stride=16, weights=None, normalisation="auto", seed=0).eval()
+    image = torch.randn(1, 3, 48, 64, generator=torch.Generator().manual_seed(0))
+    knobs = {"num_classes": 4, "dropout": 0.5, "momentum_backbone": 0.1, "momentum_head": 0.2, "seed": 0}
+    with torch.no_grad():
+        expected = body(image)
+        assert expected.conv6.std() > 0
+        for mode in ("frozen", "statistics", "trained"):
+            same = build_backbone(name, output_stride=16, weights=None, normalisation="auto", seed=0)
+            net = SegNet(same, head="largefov", batch_norm=mode, **knobs).eval()  # type: ignore[arg-type]
+            assert all(torch.equal(*pair) for pair in zip(net.backbone(image), expected, strict=True)), mode
+
+
 def test_batch_norm_momentum_is_the_official_one() -> None:
     assert [official_momentum(name, "backbone") for name in ("resnet38d", "resnet101s")] == [3e-4, 0.1]
     assert official_momentum("resnet101s", "head") == 3e-4
@@ -133,3 +151,16 @@ def test_elementwise_dropout() -> None:
     assert (y[0].amin((1, 2)) < y[0].amax((1, 2))).all(), "single values are dropped"
     set_dropout_seeds(layer, [6])
     assert torch.equal(layer(ones[:1])[0], y[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "version"),
+    [
+        ({}, 1), ({"backbone.name": "timm:tf_efficientnet_lite0"}, 2),
+        ({"backbone.name": "timm:tf_efficientnet_lite0", "segmentation.batch_norm": "frozen"}, 1),
+        ({"segmentation.backbone.name": "timm:tf_efficientnet_lite0"}, 2),
+    ],
+)  # fmt: skip
+def test_the_version_is_raised_for_the_timm_nets_that_had_no_activations(changes: dict[str, Any], version: int) -> None:
+    stages = ["train_cam", "train_seg", "predict_seg"]
+    assert versions_of(tiny_config({"stages": stages, **changes}))["train_seg"] == version

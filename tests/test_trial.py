@@ -271,6 +271,7 @@ def test_splits_are_those_that_are_read() -> None:
         ({"crf.preset": "soft"}, "crf.preset", "there are psa_soft"),
         ({"train.batch_size": 3, "runtime.workers": 2}, "train.batch_size", "not a multiple of runtime.workers 2"),
         ({"views.target_px": 64}, "views.target_px", "larger than train.crop_px 48"),
+        ({"method.name": "eps_seam", "backbone.output_stride": 16, "views.target_px": 31}, "views.target_px", "32"),
         ({"contrast.negative_rank_from": 0.7}, "contrast.negative_rank_from", "smaller"),
         ({"data.name": "voc"}, "data.root", "name the folder"),
         ({"stages": ["evaluate"]}, "stages", "evaluate needs make_seeds"),

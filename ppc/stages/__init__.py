@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppc.artifacts import StageDir, content_key
+from ppc.backbones import TIMM
 from ppc.config import ONE_VIEW, TrialConfig
 from ppc.data import Dataset
 from ppc.runtime import Runtime
@@ -69,6 +70,12 @@ def train_cam_version(cfg: TrialConfig) -> int:
     return 3 if own.active and (ranks_of_kept or cfg.method.name in ONE_VIEW) else 2
 
 
+def train_seg_version(cfg: TrialConfig) -> int:
+    """1; 2 for timm's backbones whose BatchNorm is trained, where it lost the activations that are part of it."""
+    timm = cfg.backbone_of("segmentation").name.startswith(TIMM)
+    return 2 if timm and cfg.segmentation.batch_norm != "frozen" else 1
+
+
 def irn_contents(cfg: TrialConfig) -> list[str]:
     """The split that IRNet is trained on, and the weights of its backbone."""
     return [cfg.data.train_split, weights_name(cfg, "irn")]
@@ -126,7 +133,7 @@ STAGES: dict[str, Stage] = {
     "refine_irn": Stage(refine_irn, 1, ("irn.walk",), seed_splits, needs=("make_seeds", "train_irn")),
     "train_psa": Stage(train_psa, 1, ("seed", "data", "psa"), psa_contents, needs=("make_seeds",)),
     "refine_psa": Stage(refine_psa, 1, ("psa.walk",), seed_splits, needs=("train_psa", "make_seeds")),
-    "train_seg": Stage(train_seg, 1, ("seed", "data", "segmentation"), seg_contents, needs=seg_needs),
+    "train_seg": Stage(train_seg, train_seg_version, ("seed", "data", "segmentation"), seg_contents, needs=seg_needs),
     "predict_seg": Stage(predict_seg, 1, ("segmentation.test",), test_splits, needs=("train_seg",)),
     "evaluate": Stage(evaluate, 1, ("evaluate",), scored_splits, uses=MAKERS),
 }
