@@ -57,7 +57,7 @@ def of_kind(manifests: list[dict[str, Any]], kind: str) -> list[dict[str, Any]]:
     return [m for m in manifests if m["kind"] == kind]
 
 
-# -- the KubeRay kinds: names of the fields of ray.io/v1 as its API reference lists them (KubeRay 1.5)
+# -- the KubeRay kinds: names of the fields of ray.io/v1 as its API reference lists them (KubeRay 1.5.1)
 
 POD = {"spec": dict, "metadata": dict}
 WORKER_GROUP = {

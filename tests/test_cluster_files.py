@@ -250,6 +250,25 @@ def test_the_dockerfile_copies_files_that_exist_and_reach_the_builder() -> None:
     assert f"-t {IMAGE} ." in text and "/etc/profile.d" in text  # login shells of KubeRay find ray
 
 
+def test_the_readme_names_where_to_name_a_registry_of_ones_own() -> None:
+    for place in ("base", "job"):  # the overlays of S3 build on these two
+        (line,) = re.findall(r"^# (images: .*)$", (KUBERNETES / place / "kustomization.yaml").read_text(), re.MULTILINE)
+        (named,) = YAML(typ="safe").load(line)["images"]
+        assert IMAGE == f"{named['name']}:{named['newTag']}" and named["newName"].endswith(f"/{named['name']}")
+        assert f"`{place}/kustomization.yaml`" in (KUBERNETES / "README.md").read_text()
+
+
+@pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is not installed")
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_a_registry_of_ones_own_reaches_every_container(name: str, tmp_path: Path) -> None:
+    folder = shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    for path in folder.rglob("kustomization.yaml"):
+        path.write_text(path.read_text().replace("# images: ", "images: "))
+    done = subprocess.run(["kubectl", "kustomize", folder / name], capture_output=True, text=True, timeout=60)
+    ours = [image for image in re.findall(r"image: (\S+)", done.stdout) if image.endswith(IMAGE)]
+    assert len(ours) >= 2 and set(ours) == {f"registry.example.org/{IMAGE}"}, done.stderr
+
+
 # -- Ray's cluster launcher
 
 

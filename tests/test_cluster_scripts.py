@@ -143,7 +143,8 @@ def test_slurm_tells_the_study_to_stop_requeues_it_and_goes_on(slurm: Stubs) -> 
     process = slurm.start(SBATCH, "a.yaml", **SLURM)
     wait_for(lambda: any(call[0] == "ppc" for call in slurm.calls()))
     time.sleep(0.2)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)  # as --signal asks for it
+    assert "#SBATCH --signal=B:USR1@" in SBATCH.read_text()
     assert process.wait(timeout=20) == 1
     calls = slurm.calls()
     assert ["scontrol", "requeue", "7012"] in calls and "back to the queue" in slurm.said
@@ -158,10 +159,20 @@ def test_slurm_tells_the_study_to_stop_requeues_it_and_goes_on(slurm: Stubs) -> 
     ]
 
 
+def test_slurms_scancel_saves_the_study_and_ends_the_job_for_good(slurm: Stubs) -> None:
+    slurm.put("ppc", 'trap "echo saved >> $STUB_LOG; exit 1" TERM; for _ in $(seq 300); do sleep 0.1; done')
+    process = slurm.start(SBATCH, "a.yaml", **SLURM)
+    wait_for(lambda: any(call[0] == "ppc" for call in slurm.calls()))
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) == 1
+    assert ["saved"] in slurm.calls() and not any(call[:2] == ["scontrol", "requeue"] for call in slurm.calls())
+
+
 def test_slurm_gives_up_requeueing_at_its_limit_and_never_for_a_failed_trial(slurm: Stubs) -> None:
     assert slurm.run(SBATCH, "a.yaml", PPC_EXIT="1", **SLURM) == 1
     assert not any(call[:2] == ["scontrol", "requeue"] for call in slurm.calls())
-    slurm.put("ppc", "trap '' TERM; kill -TERM $PPID; sleep 0.5; exit 1")
+    slurm.put("ppc", "trap '' TERM; kill -USR1 $PPID; sleep 0.5; exit 1")
     assert slurm.run(SBATCH, "a.yaml", SLURM_RESTART_COUNT="20", **SLURM) == 1
     assert "after 20 restarts" in slurm.said
     assert not any(call[:2] == ["scontrol", "requeue"] for call in slurm.calls())
