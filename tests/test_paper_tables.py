@@ -37,7 +37,30 @@ def test_the_base_is_the_papers_size() -> None:
         "resnet38d", 448, 8, 8
     )  # fmt: skip
     assert (trial.views.target_px, trial.contrast.prototype_top_k, trial.data.train_split) == (128, 32, "train_aug")
-    assert (trial.contrast.temperature, trial.contrast.projector_dim) == (0.1, 128)
+    contrast, train, method = trial.contrast, trial.train, trial.method
+    assert (contrast.temperature, contrast.projector_dim, contrast.start_after) == (0.1, 128, 0)
+    assert (contrast.cross_prototype_weight, contrast.cross_cam_weight, contrast.intra_view_weight) == (0.1, 0.1, 0.1)
+    assert (contrast.negative_rank_from * 21, contrast.negative_rank_to * 21) == pytest.approx((3, 13))
+    assert (contrast.map_source, contrast.prototype_features, contrast.tie_rule) == ("refined", "raw", "first_index")
+    assert (method.dropout, method.cls_weight, method.min_pool_weight, method.er_weight, method.ecr_weight) == (
+        0.5, 1, 1, 1, 1
+    )  # fmt: skip
+    assert (train.new_layer_lr_mult, train.bias_lr_mult, train.poly_power, train.color_jitter) == (10, 2, 0.9, True)
+    assert (train.precision, trial.backbone.normalisation) == ("fp32", "auto")
+
+
+def test_the_walks_and_nets_of_the_tables_are_the_official_ones() -> None:
+    specs = expand(load_study(PAPER / "table1.yaml"), check=check_trial)
+    trial = next(spec.config for spec in specs if spec.variant == "SEAM + PPC")
+    psa, irn, walk = trial.psa, trial.irn, trial.psa.walk
+    assert (psa.labels.bg_power_low, psa.labels.bg_power_high, psa.labels.crf, psa.radius) == (4, 24, "ppc_aff", 5)
+    assert (walk.background, walk.bg_score, walk.beta, walk.log2_steps) == ("constant", 0.27, 8, 6) and walk.fit_radius
+    assert (irn.labels.fg_score, irn.labels.bg_score, irn.radius, irn.train.learning_rate) == (0.3, 0.05, 10, 0.1)
+    assert (irn.walk.radius, irn.walk.beta, irn.walk.log2_steps, irn.walk.bg_score) == (5, 10, 8, 0.25)
+    segmentation = load_study(PAPER / "table3.yaml")
+    own = expand(segmentation, check=check_trial)[0].config.segmentation
+    assert (own.batch_norm, own.dropout, own.test.crf, own.test.flip) == ("statistics", 0.5, "deeplab_test", True)
+    assert own.test.scales == (0.5, 0.75, 1, 1.25, 1.5, 1.75) and own.scale == (0.5, 1.5)
 
 
 @pytest.mark.parametrize("path", TABLES, ids=stem)
