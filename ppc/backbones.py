@@ -413,6 +413,8 @@ def backbone_problem(name: str, output_stride: int) -> str | None:
             build_backbone(name, output_stride=output_stride, weights=None, normalisation="auto", seed=0)
     except ValueError as error:
         return str(error)
+    except Exception as error:  # of timm: some models assert what they can be built with
+        return f"backbone.name: {name} cannot be built at stride {output_stride} ({type(error).__name__}: {error})"
     return None
 
 

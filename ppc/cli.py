@@ -29,6 +29,7 @@ from ppc.cli_options import (
     StorageOption,
     TinyOption,
     TrackingOption,
+    refuse_beside_local,
     words_again,
 )
 from ppc.cli_report import register as register_report
@@ -95,6 +96,7 @@ def run(
     from ppc.study_config import DesignConfig, StudyConfig, Variant
     from ppc.twins import as_twin, name_of, twin_of
 
+    refuse_beside_local(local, address, num_cpus, tracking)
     twin = twin_of(tiny=tiny, scenes=scenes)
     trial = load_trial(config, overrides=sets, shrink=lambda raw: as_twin(raw, twin))
     name = name_of(f"run-{config.stem}", twin)
@@ -129,6 +131,7 @@ def study_launch(
 ) -> None:
     """Run all trials of a study that have no result yet. Launching again goes on where it stopped."""
     refuse_job_server(address, f"ppc submit {file}")
+    refuse_beside_local(local, address, num_cpus, tracking)
     from ppc.checks import check_trial
     from ppc.config import TrialConfig
     from ppc.definition import define, define_search
@@ -208,9 +211,14 @@ def study_resume(
             print(
                 "notify: the head posts, to the PPC_NOTIFY in the environment of the cluster's nodes", file=sys.stderr
             )
+        if local or num_cpus is not None:
+            raise ValueError("--local, --num-cpus: a job server runs this on its own cluster; leave them out")
         raise resume_there(name, str(address), storage, words, max_concurrent, tracking, follow)
     from ppc.launch import Where, run_study
 
+    if follow:
+        raise ValueError("--follow prints the log of a job: name the job server, --address http://HEAD:8265")
+    refuse_beside_local(local, address, num_cpus, tracking)
     where = Where(
         local, address, num_cpus, max_concurrent, "none" if local else tracking, ui=_beside_a_user(), notify=notify
     )

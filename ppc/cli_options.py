@@ -32,13 +32,22 @@ ScenesOption = Annotated[
 ]
 LocalOption = Annotated[bool, typer.Option("--local", help="On this machine alone, without Ray and MLflow.")]
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, or `auto`. Default: one on this machine.")]
-CpusOption = Annotated[int | None, typer.Option(help="CPUs of the cluster that is started here.")]
+CpusOption = Annotated[int | None, typer.Option(min=1, help="CPUs of the cluster that is started here.")]
 ConcurrentOption = Annotated[
-    int | None, typer.Option(help="Trials at a time. Default: as many as fit; with --local one.")
+    int | None, typer.Option(min=1, help="Trials at a time. Default: as many as fit; with --local one.")
 ]
 TrackingOption = Annotated[
     str | None, typer.Option(help="MLflow URI, or `none`. Default: MLFLOW_TRACKING_URI, else SQLite in the storage.")
 ]
+
+
+def refuse_beside_local(local: bool, address: str | None, num_cpus: int | None, tracking: str | None) -> None:
+    """ValueError for options that `--local` has no use for."""
+    given = {"--address": address, "--num-cpus": num_cpus, "--tracking": None if tracking == "none" else tracking}
+    if local and (names := [name for name, value in given.items() if value is not None]):
+        raise ValueError(
+            f"{', '.join(names)}: --local runs on this machine without Ray and MLflow; leave out one of them"
+        )
 
 
 def _notify_url(url: str | None) -> str | None:

@@ -16,6 +16,7 @@ from ppc.artifacts import Storage, now_ms, read_json, write_json
 from ppc.checks import nearest
 from ppc.ledger import TrialRow, missing, read_rows
 from ppc.planning import Planner, data_name
+from ppc.published import is_iou
 from ppc.published import saved as saved_rows
 from ppc.resources import change_runtime
 from ppc.search import Search, next_round, start
@@ -71,6 +72,11 @@ def define(
         elif metric not in plan.metrics:
             text = f"metric: these stages and splits give no {metric!r}{nearest(metric, plan.metrics)}"
             problems.setdefault(text, []).append(spec.variant)
+        elif not is_iou(metric) and not any_metric:
+            ious = [name for name in plan.metrics if is_iou(name)]
+            text = f"metric: the largest mean of it is called the best, so {metric!r} cannot decide; take a mIoU"
+            text += f" ({', '.join(ious)})" if ious else ""
+            problems.setdefault(f"{text}, and name it among the columns", []).append(spec.variant)
         if (problem := metric_problem(study.early_stopping, plan.config)) is not None:
             problems.setdefault(problem, []).append(spec.variant)
         section = plan.config.data

@@ -14,6 +14,9 @@ REMEDIES = {
     errno.EDQUOT: f"free space there or ask for more quota, {KEPT}",
     errno.EROFS: f"make it writable again, {KEPT}",
     errno.ESTALE: f"mount it again, {KEPT}",
+    errno.EIO: f"look at the disk, or at the server behind it, {KEPT}",
+    errno.ENOTCONN: f"mount it again, {KEPT}",
+    errno.ETIMEDOUT: f"look at the server behind it and the network, {KEPT}",
 }
 STORE_REMEDY = f"look at the store, its address and your rights there, {KEPT}"
 

@@ -28,7 +28,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from ppc.checks import check_trial
+from ppc.checks import check_trial, nets_of, section_of
 from ppc.config import TrialConfig
 from ppc.loading import load_study
 from ppc.pack import JOB_ENV, STOP_WAIT_S, LaunchOptions, experiment_files, is_absolute, job_env, packed, shared_storage
@@ -75,7 +75,9 @@ def submit(file: Path, address: str, *, storage: str, options: LaunchOptions | N
     of_trial = [item for item in options.sets if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
     check_published(study, overrides=of_trial)
     for spec in expand(study, overrides=of_trial, twin=options.twin, check=check_trial):
-        for name, path in (("data.root", spec.config.data.root), ("backbone.weights", spec.config.backbone.weights)):
+        cfg = spec.config
+        weights = {f"{section_of(cfg, net)}.weights": cfg.backbone_of(net).weights for net in nets_of(cfg)}
+        for name, path in {"data.root": cfg.data.root, **weights}.items():
             if path is not None and not is_absolute(path):
                 raise ValueError(
                     f"{name}: {path} means another file on every node; give its absolute path on the cluster, "

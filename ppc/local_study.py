@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 from collections.abc import Sequence
@@ -15,12 +14,12 @@ from ppc.artifacts import Storage
 from ppc.config import TrialConfig
 from ppc.faults import StorageError, as_data, storage_error
 from ppc.ledger import TrialRow
+from ppc.processes import end_with_parent
 from ppc.redact import without_secrets
 from ppc.runtime import LocalRuntime, WorkerDiedError
 from ppc.trial import record_failure, run_trial
 from ppc.turns import Turns
 
-PR_SET_PDEATHSIG = 1  # a name of Linux's prctl.h
 ENDING = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -81,9 +80,8 @@ def _run_here(rows: Sequence[TrialRow], storage: Storage, cpus: int) -> None:
 def _own_process(row: TrialRow, storage: Storage, cpus: int, parent: int, tell: Connection) -> None:
     for number in ENDING:
         signal.signal(number, _end_once)
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     try:
-        if os.getppid() == parent:  # else it died before it could be told of
+        if end_with_parent(parent, signal.SIGTERM):
             if (fault := _run_row(row, storage, cpus)) is not None:
                 tell.send(as_data(fault))
     except KeyboardInterrupt:

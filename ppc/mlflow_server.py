@@ -6,6 +6,7 @@ import http.client
 import os
 import re
 import sqlite3
+import ssl
 import urllib.error
 import urllib.request
 from base64 import b64encode
@@ -144,6 +145,36 @@ def is_server(uri: str) -> bool:
     return not re.match(r"(sqlite|postgres|mysql|mssql)", uri)
 
 
+def _trusted() -> ssl.SSLContext:
+    """The certificates that MLflow's client trusts, by the variables that it reads."""
+    place = os.environ.get("MLFLOW_TRACKING_SERVER_CERT_PATH") or os.environ.get("REQUESTS_CA_BUNDLE")
+    place = place or os.environ.get("CURL_CA_BUNDLE") or None
+    folder = place is not None and Path(place).is_dir()
+    context = ssl.create_default_context(cafile=None if folder else place, capath=place if folder else None)
+    if os.environ.get("MLFLOW_TRACKING_INSECURE_TLS", "").lower() in ("true", "1"):
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    return context
+
+
+def _get(url: str, page: str, timeout_s: float) -> bytes:
+    """What a server answers at a page, asked with the login and the certificates of MLflow's client. OSError,
+    HTTPException."""
+    parts = urlsplit(url)
+    user = unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME", "")
+    password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
+    request = urllib.request.Request(f"{safe_uri(url).rstrip('/')}/{page}")
+    if user:
+        request.add_unredirected_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
+    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
+        request.add_unredirected_header("Authorization", f"Bearer {token}")
+    own = parts.hostname in ("localhost", "127.0.0.1", "::1")  # a proxy knows nothing of this machine's ports
+    handlers: list[urllib.request.BaseHandler] = [urllib.request.ProxyHandler({})] if own else []
+    if parts.scheme == "https":
+        handlers.append(urllib.request.HTTPSHandler(context=_trusted()))
+    with urllib.request.build_opener(*handlers).open(request, timeout=timeout_s) as answer:
+        return bytes(answer.read(100))
+
+
 def probe(uri: str, timeout_s: float = 3.0) -> None:
     """TrackingError unless the server answers at /health; MLflow's own client would hang for minutes.
 
@@ -153,9 +184,12 @@ def probe(uri: str, timeout_s: float = 3.0) -> None:
         return
     address = safe_uri(uri)
     try:
-        with urllib.request.urlopen(f"{address}/health", timeout=timeout_s) as answer:
-            answer.read()
+        _get(uri, "health", timeout_s)
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors
+        if getattr(error, "code", None) in (401, 403):
+            raise TrackingError(
+                f"{address} wants a login, or another one: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            ) from error
         reason = getattr(error, "reason", None) or error
         raise TrackingError(f"no MLflow server answers at {address}: {reason}") from error
 
@@ -163,19 +197,10 @@ def probe(uri: str, timeout_s: float = 3.0) -> None:
 def server_version(url: str, timeout_s: float = 3.0) -> str | None:
     """The version of the MLflow server at an address, such as 3.17.2; None when it does not say.
 
-    A login is that of the address, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
+    A login is that of the address, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN.
     """
-    parts = urlsplit(url)
-    user = unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME", "")
-    password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD", "")
-    request = urllib.request.Request(f"{safe_uri(url).rstrip('/')}/version")
-    if user:
-        request.add_unredirected_header("Authorization", f"Basic {b64encode(f'{user}:{password}'.encode()).decode()}")
-    own = parts.hostname in ("localhost", "127.0.0.1", "::1")  # a proxy knows nothing of this machine's ports
-    opener = urllib.request.build_opener(*([urllib.request.ProxyHandler({})] if own else []))
     try:
-        with opener.open(request, timeout=timeout_s) as answer:
-            found = answer.read(100).decode(errors="replace").strip()
+        found = _get(url, "version", timeout_s).decode(errors="replace").strip()
     except (OSError, http.client.HTTPException):
         return None
     return found if re.fullmatch(r"[\w.+]+", found) else None

@@ -46,7 +46,7 @@ def overviews(storage: Storage) -> list[Overview]:
 def _overview(storage: Storage, study: dict[str, Any]) -> Overview:
     rows = read_rows(storage, study)
     unique = {row.key: row for row in rows}.values()
-    costs = [trial_cost(storage, row) for row in unique]
+    costs = [trial_cost(storage, row) for row in unique if not row.reused]
     means: dict[str, float] = {}
     for variant in dict.fromkeys(row.variant for row in rows):
         values = [

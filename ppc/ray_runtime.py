@@ -43,7 +43,8 @@ NO_GPU = (
     "(ray start --num-gpus), or run on CPUs: --set runtime.gpus_per_worker=0"
 )
 NO_NCCL = "ProcessGroupNCCL is only supported with GPUs"  # what torch says where it finds none
-START_TRIES = 10  # more tries to start the workers of a trial on a cluster that has room for them but is busy
+START_TRIES = 10  # more tries to start the workers of a trial when they did not come up
+ROUNDING = 1e-6  # of a share: 1 / 0.1 is a little less than ten shares
 
 
 class RayRuntime:
@@ -80,27 +81,31 @@ class RayRuntime:
         from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
         from ray.train.v2.api.exceptions import ControllerError
 
-        # So long Ray Train waits for room to start workers, again after a node died. A busy cluster gets more tries.
+        # So long Ray Train waits for room to start workers, again after a node died. While the cluster has the room and
+        # others use it, a trial waits on, as a task does.
         start_s = max(5.0, cfg.resource_wait_s)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = f"{start_s:g}"
         deaths = 0
-        for tries_left in range(START_TRIES + cfg.max_failures, -1, -1):
+        tries_left = START_TRIES + cfg.max_failures
+        while True:
             try:
                 return self._fit(worker, payload, cfg)
             except ControllerError as error:
                 one = {"CPU": cfg.cpus_per_worker, "GPU": cfg.gpus_per_worker}
                 wait_for_resources(one, cfg.workers, 0, waited_s=start_s)
+                if isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
+                    continue
                 if isinstance(error.controller_failure, ray.exceptions.RayActorError):
                     # A worker that dies while Ray Train starts it: that is not one of Ray Train's own tries.
                     deaths += 1
-                    if deaths > cfg.max_failures or not tries_left:
+                    if deaths > cfg.max_failures:
                         raise _died(cfg.max_failures, error.controller_failure) from error
                     continue
-                no_start = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
                 if NO_NCCL in str(error):
                     raise ValueError(f"Ray gave the trial's workers GPUs, but {NO_GPU}") from error
-                if not tries_left or not isinstance(error.controller_failure, no_start):
+                if not tries_left or not isinstance(error.controller_failure, WorkerGroupStartupFailedError):
                     raise RuntimeError(f"Ray Train could not run the trial's workers: {error}") from error
+                tries_left -= 1
 
     def _fit(self, worker: TrainWorker, payload: Any, cfg: RuntimeConfig) -> None:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -286,10 +291,27 @@ def _died(max_retries: int, error: Exception) -> WorkerDiedError:
     )
 
 
-def trial_resources(cfg: RuntimeConfig) -> dict[str, float]:
-    """What the training of one trial takes at a time."""
-    resources = {"CPU": cfg.workers * cfg.cpus_per_worker, "GPU": cfg.workers * cfg.gpus_per_worker}
+def worker_resources(cfg: RuntimeConfig) -> dict[str, float]:
+    """What one worker of a training takes."""
+    resources = {"CPU": cfg.cpus_per_worker, "GPU": cfg.gpus_per_worker}
     return {name: amount for name, amount in resources.items() if amount > 0}
+
+
+def room_for(one: Mapping[str, float]) -> int:
+    """How many processes that take `one` each the nodes of the cluster can hold at a time, were all else to end."""
+    return sum(_fit(node["Resources"], one) for node in ray.nodes() if node["Alive"])
+
+
+def _fit(node: Mapping[str, float], one: Mapping[str, float]) -> int:
+    """How many of these fit on a node; a share of a GPU is of one GPU."""
+    counts = []
+    for name, amount in one.items():
+        there = node.get(name, 0)
+        if name == "GPU" and amount < 1:
+            counts.append(int(there) * int(1 / amount + ROUNDING))
+        else:
+            counts.append(int(there / amount + ROUNDING))
+    return min(counts)
 
 
 def wait_for_resources(one: Mapping[str, float], number: int, wait_s: float, *, waited_s: float = 0) -> None:
@@ -317,4 +339,7 @@ def _lacking(one: Mapping[str, float], number: int) -> str | None:
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     if not any(all(node.get(name, 0) >= amount for name, amount in one.items()) for node in nodes):
         return " and ".join(f"{amount:g} {name}" for name, amount in one.items()) + " a worker but no node has that"
+    if (room := room_for(one)) < number:
+        each = " and ".join(f"{amount:g} {name}" for name, amount in one.items())
+        return f"{number} workers of {each} each but the nodes have room for {room}"
     return None

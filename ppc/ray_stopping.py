@@ -21,7 +21,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, TrialScheduler
 
 from ppc.artifacts import StageDir, Storage
 from ppc.ledger import TrialRow, stage_dirs
-from ppc.stopping import EpochReader, Keepers
+from ppc.stopping import STAGE, EpochReader, Keepers
 from ppc.study_config import EarlyStopping
 
 
@@ -55,7 +55,7 @@ class KeepingAsha(FIFOScheduler):  # type: ignore[misc]
         for row in early.rows:  # what earlier launches trained is compared with, and not decided again
             if row.key in early.apart:
                 continue
-            for folder in stage_dirs(storage, row):
+            for folder in (folder for folder in stage_dirs(storage, row) if folder.stage == STAGE):
                 for epoch, value in EpochReader(folder, self._metric_name).new():
                     self._worse(row.key, epoch, value)
 
@@ -95,7 +95,13 @@ class KeepingAsha(FIFOScheduler):  # type: ignore[misc]
 
 @contextmanager
 def reporting(folder: StageDir, metric: str) -> Iterator[None]:
-    """Report the epochs of a training to Tune, from its journal, while it runs. At its end it is too late to stop."""
+    """Report the epochs of a training to Tune, from its journal, while it runs. At its end it is too late to stop.
+
+    Nets that come after the CAM net are trained to their end: they are of a trial that was not stopped.
+    """
+    if folder.stage != STAGE:
+        yield
+        return
     ended, reader = threading.Event(), EpochReader(folder, metric)
     poll_s = float(os.environ.get("PPC_STOP_POLL_S", "1"))
 

@@ -23,7 +23,7 @@ from ppc.config import TrialConfig
 from ppc.faults import StorageError, as_data, storage_error
 from ppc.ledger import TrialRow
 from ppc.places import StoragePath
-from ppc.ray_runtime import RayRuntime, own_interrupts, ray_storage, trial_resources
+from ppc.ray_runtime import RayRuntime, own_interrupts, ray_storage, room_for, worker_resources
 from ppc.ray_stopping import Early, KeepingAsha, reporting
 from ppc.runtime import WorkerDiedError
 from ppc.train import TrainingStopped
@@ -95,11 +95,9 @@ def _own_sigterm() -> Iterator[None]:
 
 def concurrency(rows: list[TrialRow], limit: int | None) -> int:
     """How many trials the cluster can train at a time, at most `limit`."""
-    total = ray.cluster_resources()
     fits = len(rows)
-    for row in rows:
-        for name, amount in trial_resources(TrialConfig.model_validate(row.config).runtime).items():
-            fits = min(fits, max(1, int(total.get(name, 0) // amount)))
+    for runtime in {row.key: TrialConfig.model_validate(row.config).runtime for row in rows}.values():
+        fits = min(fits, room_for(worker_resources(runtime)) // runtime.workers)
     return max(1, min(fits, limit or fits))
 
 

@@ -13,10 +13,13 @@ SECRET = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL|PPC_NOT
 HIDDEN = "***"
 SHORTEST = 4  # characters: shorter values are words such as `1`, and replacing them would garble texts
 _LOGIN = re.compile(r"(?<=://)[^\s/?#'\"<>]+@")
+# As database drivers take them; odbc_connect is a whole connection string, password included.
+_IN_QUERY = re.compile(r"([?&](?:password|passwd|pwd|token|secret|odbc_connect)=)[^\s&#'\"<>]+", re.IGNORECASE)
 
 
 def safe_uri(uri: str) -> str:
     """The URI without user and password, fit for files and messages."""
+    uri = _IN_QUERY.sub(rf"\1{HIDDEN}", uri)
     parts = urlsplit(uri)
     return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
@@ -30,4 +33,4 @@ def without_secrets(text: str, environ: Mapping[str, str] | None = None) -> str:
     }
     for value in sorted(values | {quote(value, safe="") for value in values}, key=len, reverse=True):
         text = text.replace(value, HIDDEN)
-    return _LOGIN.sub(f"{HIDDEN}@", text)
+    return _IN_QUERY.sub(rf"\1{HIDDEN}", _LOGIN.sub(f"{HIDDEN}@", text))

@@ -124,6 +124,7 @@ def _line(
         same_as=list(dict.fromkeys(row.same_as for row in rows if row.same_as is not None)),
         count=next((n for n in images if n is not None), None),
         protocol=distinct(row.config.get("seeds", {}).get("protocol", "?") for row in rows),
+        images=distinct(str(n) for n in images if n is not None),
     )  # fmt: skip
 
 

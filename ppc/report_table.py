@@ -44,6 +44,7 @@ class Line:
     same_as: list[str]  # variants whose very trials these are: no evidence of their own
     count: int | None  # images of the metric's split
     protocol: str  # that chose the background score
+    images: str  # `count` of each of its trials, each number once
     published: dict[str, Claim] = field(default_factory=dict)  # metric -> figure of a paper
     test: PairedTest | None = None  # against the baseline, on the deciding metric; None for the baseline itself
 
@@ -193,12 +194,30 @@ def _beaten(report: Report) -> str:
         return ""
     if all(test is None or test.p_holm is None for test in tests.values()):
         return " There is no test of the others, so they cannot be told from noise."
-    worse = [variant for variant, test in tests.items() if test is not None and test.stars]
-    if not worse:
+    starred = [line for line in report.lines if (test := tests.get(line.variant)) is not None and test.stars]
+    if not starred:
         return " No variant can be told from it by more than the noise of the seeds."
-    return f" More than the noise of the seeds below it: {', '.join(worse)}" + (
-        "; no other." if len(worse) < len(tests) else "."
-    )
+    said, above = "", [line.variant for line in starred if (line.diff_mean or 0) > 0]
+    if worse := [line.variant for line in starred if line.variant not in above]:
+        said = f" More than the noise of the seeds below it: {', '.join(worse)}"
+        said += "; no other." if len(starred) < len(tests) else "."
+    if above:  # it has seeds that they have not
+        said += f" Over the seeds that both have, more than the noise above it: {', '.join(above)}."
+    return said
+
+
+def _unlike(report: Report) -> list[str]:
+    """What keeps rows from being ranked: figures of other images, or of another protocol."""
+    found = []
+    with_figure = [line for line in report.lines if line.mean is not None]
+    for what, texts in (
+        ("number of images", {line.variant: line.images for line in with_figure}),
+        ("protocol", {line.variant: line.protocol for line in with_figure}),
+    ):
+        if len(set(texts.values())) > 1:
+            each = "; ".join(f"{variant} {text}" for variant, text in texts.items())
+            found.append(f"These figures are not of the same {what}, so do not rank them: {each}.")
+    return found
 
 
 def silent_lines(report: Report) -> list[str]:
@@ -218,7 +237,7 @@ def silent_lines(report: Report) -> list[str]:
 
 def remarks(report: Report) -> list[str]:
     """What a reader must know to judge the table: the best, its noise, its tests, and what is missing."""
-    remarks = [*verdict(report), *silent_lines(report)]
+    remarks = [*verdict(report), *_unlike(report), *silent_lines(report)]
     if any(line.n == 1 for line in report.lines):
         remarks.append("A figure without ± comes from one seed and says nothing of the noise.")
     remarks += rule({line.variant: line.test for line in report.lines if line.test is not None})

@@ -115,7 +115,7 @@ def trial_tags(row: TrialRow, study: dict[str, Any], host: str | None) -> dict[s
     if row.result is not None:
         tags |= {f"ppc.{name}": str(row.result[name]) for name in ("protocol", "absent_classes") if name in row.result}
         for split, one in row.result.get("skipped", {}).items():
-            tags[f"ppc.skipped.{split}"] = f"{len(one['ids'])} of {one['listed']} images"
+            tags[f"ppc.skipped.{metric_name(split)}"] = f"{len(one['ids'])} of {one['listed']} images"
         bad = sorted(name for name, value in row.result["metrics"].items() if not is_number(value))
         if bad:
             tags["ppc.not_finite"] = ", ".join(bad)
@@ -211,8 +211,10 @@ def axis_curves(study: dict[str, Any], rows: Sequence[TrialRow], final: bool) ->
 
     Nothing where the study has not exactly one numeric factor. A variant comes when its last trial has a result, since
     a mean that is sent cannot be taken back; at the end, all come that have any. Values that are not whole numbers
-    give their place on the axis.
+    give their place on the axis, which a search knows at its end alone.
     """
+    if "search" in study and not final:
+        return
     factors = study["factors"]
     values = {row.variant: row.factors.get(factors[0]) for row in rows} if len(factors) == 1 else {}
     if not values or not all(is_number(value) for value in values.values()):

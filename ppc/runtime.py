@@ -8,6 +8,8 @@ function as `function(shared, chunk, device)`: the runtime alone knows which dev
 from __future__ import annotations
 
 import ctypes
+import os
+import signal
 import tempfile
 import time
 import traceback
@@ -28,6 +30,7 @@ from ppc.data.dataset import OR_SKIP
 from ppc.data.labels import DataError
 from ppc.faults import StorageError, as_data
 from ppc.places import StoragePath, names_in
+from ppc.processes import end_with_parent
 from ppc.redact import without_secrets
 
 TrainWorker = Callable[[Any, torch.device], None]
@@ -182,7 +185,7 @@ class LocalRuntime:
                 done(finished := finished + len(part), result)
         else:
             context = get_context("spawn")
-            with ProcessPoolExecutor(processes, context, prepare_process, (1,)) as pool:
+            with ProcessPoolExecutor(processes, context, _prepare_pool_process, (os.getpid(),)) as pool:
                 sizes = {pool.submit(timed, function, shared, part, device): len(part) for part in parts}
                 try:
                     for future in as_completed(list(sizes)):
@@ -193,6 +196,13 @@ class LocalRuntime:
                 except BaseException:
                     pool.shutdown(cancel_futures=True)
                     raise
+
+
+def _prepare_pool_process(parent: int) -> None:
+    """As `prepare_process`; and it ends when a signal that nothing can catch ends the process whose work it does."""
+    if not end_with_parent(parent, signal.SIGKILL):
+        os._exit(1)
+    prepare_process(1)
 
 
 def _device(index: int) -> torch.device:

@@ -47,12 +47,18 @@ class Search:
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> Search:
         """What `dump` gave."""
-        return cls(StudyConfig.model_validate(data["study"]), data["base"], data["rounds"])
+        study = {**data["study"], "design": {**data["study"]["design"]}}
+        settings = study["design"]["search"]
+        study["design"]["search"] = {
+            name: settings[name] for name in settings if name != "direction"
+        }  # was a field once
+        return cls(StudyConfig.model_validate(study), data["base"], data["rounds"])
 
     def _space(self) -> str:
         """Key of what makes earlier proposals those of this search; how many more are wanted does not."""
         design = self.study.design.model_dump(mode="json")
-        design["search"] = {name: design["search"][name] for name in ("sampler", "sampler_seed", "direction")}
+        own = design["search"]  # `direction` was a field once: the key of a search stays what it was
+        design["search"] = {**{name: own[name] for name in ("sampler", "sampler_seed")}, "direction": "maximize"}
         return content_key([design, self.base, self.study.metric, self.study.trial_seeds])
 
     def specs(self, changes: Sequence[Changes]) -> list[TrialSpec]:
@@ -98,7 +104,7 @@ def describe(study: StudyConfig) -> list[str]:
         else:
             lines.append(f"{path}: {', '.join(map(str, axis))}")
     how = f"{settings.num_variants} variants beside the base, {settings.batch} a round, sampler {settings.sampler}"
-    return [*lines, f"{how} with seed {settings.sampler_seed}, to {settings.direction} {study.metric}"]
+    return [*lines, f"{how} with seed {settings.sampler_seed}, to maximise {study.metric}"]
 
 
 def next_round(search: Search, rows: Sequence[TrialRow]) -> list[Changes]:
@@ -154,7 +160,7 @@ def propose(search: Search, told: Sequence[Told], round_number: int) -> list[Cha
             if settings.sampler == "tpe"
             else optuna.samplers.RandomSampler(seed=seed)
         )
-        memory = optuna.create_study(sampler=sampler, direction=settings.direction)
+        memory = optuna.create_study(sampler=sampler, direction="maximize")
         for changes, value in told:
             params = _params(changes or _values_of(search), design)
             if params is not None:

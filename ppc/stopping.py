@@ -11,6 +11,8 @@ from ppc.ledger import FAILED, STOPPED, TrialRow
 from ppc.methods import journal_metrics
 from ppc.study_config import EarlyStopping
 
+STAGE = "train_cam"  # whose journal has the metric that trials are compared by
+
 
 def epoch_values(points: Iterable[Mapping[str, Any]], metric: str, steps_per_epoch: int) -> Iterator[tuple[int, float]]:
     """(epoch from 1, mean of the metric over its steps) of every epoch that a journal has whole, in order.

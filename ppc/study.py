@@ -192,6 +192,12 @@ def _doubles(drafts: list[_Draft]) -> list[Problem]:
     return problems + [Problem("", "design", f"the variant '{name}' is there twice") for name in twice]
 
 
+def _stopping_problems(study: StudyConfig) -> Iterator[Problem]:
+    if study.design.kind == "search" and study.early_stopping is not None:
+        text = "is not for kind search: what is proposed next rests on all trials of a round, trained to their end"
+        yield Problem(origin_of(study, ["early_stopping"]), "early_stopping", text)
+
+
 def _seed_problems(study: StudyConfig) -> Iterator[Problem]:
     for seed in dict.fromkeys(study.trial_seeds):
         if study.trial_seeds.count(seed) > 1:
@@ -262,7 +268,7 @@ def expand(
     study = study.model_copy(update={"design": design_of(study.design, base, twin)})
     design = study.design
     overridden = [item.partition("=")[0].strip() if isinstance(item, str) else item[0] for item in overrides]
-    problems = [*_seed_problems(study), *_check_design(design, overridden)]
+    problems = [*_seed_problems(study), *_stopping_problems(study), *_check_design(design, overridden)]
     try:
         base = shared_base(study, overrides=overrides, twin=twin)
     except ConfigError as error:

@@ -56,7 +56,6 @@ class SearchConfig(Section):
     batch: int = Field(4, ge=1, description="proposals a round; a round starts when all trials before it have ended")
     sampler: Literal["tpe", "random"] = Field("tpe", description="tpe draws at random until it has 10 results")
     sampler_seed: int = Field(0, ge=0, description="seed of the proposals; not the trials' seed")
-    direction: Literal["maximize", "minimize"] = Field("maximize", description="whether the study's metric should grow")
 
 
 class DesignConfig(Section):

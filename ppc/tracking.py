@@ -62,7 +62,10 @@ from ppc.sync_loop import NoTracker, SyncLoop, Tracker
 
 __all__ = ["MlflowTracker", "NoTracker", "SyncLoop", "Tracker", "make_tracker"]
 
+LONGEST_NAME = 250  # characters of a run's name that a database of MLflow keeps
 BATCH = 1000  # metrics of one request: MLflow's own limit
+CLIENT = ("mlflow", "sqlalchemy", "requests", "urllib3")  # whose errors a client lets through
+OWNER = "ppc.created_ms"  # tag of an experiment: when the study was made that it is of, which a moved storage keeps
 SAVE_EVERY_S = 2.0  # the memory is of all trials: written after each thing sent, it would make a study's cost quadratic
 RUN_STATUS = {
     RUNNING: RUNNING, FINISHED: FINISHED, FAILED: FAILED, KILLED: KILLED, INTERRUPTED: KILLED, STOPPED: KILLED,
@@ -139,8 +142,10 @@ class MlflowTracker:
                 self._save()
         except LockedError as error:
             raise TrackingError(f"another process is sending study {self.study['name']} to MLflow") from error
-        except BaseException:
+        except BaseException as error:
             self._mlflow = None  # look at everything anew next time
+            if type(error).__module__.partition(".")[0] in CLIENT:  # it may hold the URI's password
+                raise TrackingError(words_of(error, self.uri)) from None
             raise
 
     def _save_in_time(self) -> None:
@@ -164,8 +169,11 @@ class MlflowTracker:
         if self.uri == default_uri(self.storage):
             move_artifacts(self.storage)
         self._mlflow = _client(self.uri)
-        name = f"ppc/{self.study['name']}"
+        name, own = f"ppc/{self.study['name']}", str(self.study["created_ms"])
         found = self._mlflow.get_experiment_by_name(name)
+        if found is not None and found.tags.get(OWNER, own) != own:  # a study of that name in another storage
+            name = f"{name} {own}"
+            found = self._mlflow.get_experiment_by_name(name)
         if found is None:  # a database has no place for artifacts: without ours they would go to the current folder
             place = artifact_place(self.storage, self.study["name"])
             number = self._mlflow.create_experiment(name, None if is_server(self.uri) else place)
@@ -174,6 +182,8 @@ class MlflowTracker:
             raise TrackingError(f"experiment {name} was deleted in MLflow; bring it back with: {restore}")
         else:
             number = found.experiment_id
+        if found is None or OWNER not in found.tags:
+            self._mlflow.set_experiment_tag(number, OWNER, own)
         if self._memory["experiment"] != number:
             self._memory = {**json.loads(json.dumps(EMPTY)), "experiment": number}
         self._reconcile()
@@ -218,11 +228,11 @@ class MlflowTracker:
             self._reconcile()  # it may be there: made just before a crash, or by a request whose answer got lost
         if name not in self._memory[part]:
             try:
-                run = self._mlflow.create_run(self._memory["experiment"], start_ms, tags, run_name)
+                run = self._mlflow.create_run(self._memory["experiment"], start_ms, tags, run_name[:LONGEST_NAME])
             except Exception:
                 self._unanswered = True
                 raise
-            self._memory[part][name] = {"id": run.info.run_id, "sent": {}, "deleted": False}
+            self._memory[part][name] = {"id": run.info.run_id, "sent": {"name": run_name}, "deleted": False}
         entry: dict[str, Any] = self._memory[part][name]
         return entry
 
@@ -319,13 +329,15 @@ class MlflowTracker:
     def _sync_trial(self, row: TrialRow, parent: str) -> None:
         state = self.storage.trial(row.key).state()
         tags = record.trial_tags(row, self.study, (row.result or state).get("host"))
+        params = record.trial_params(row)
         entry = self._run("runs", row.key, row.label, {**tags, "mlflow.parentRunId": parent}, row.started_ms)
-        whole = [row.state, row.attempt, row.result and row.result["finished_ms"]]
+        finished_ms = row.result and row.result["finished_ms"]
+        whole = content_key([row.state, row.attempt, finished_ms, row.label, tags, params])
         if entry["deleted"] or entry["sent"].get("whole") == whole:
             return
-        run = entry["id"]
+        run, label = entry["id"], row.label
+        self._once(entry, "name", label, lambda: self._mlflow.update_run(run, name=label[:LONGEST_NAME]))
         self._once(entry, "tags", tags, lambda: self._set_tags(run, entry["sent"].get("tags", {}), tags))
-        params = record.trial_params(row)
         self._once(entry, "params", params, lambda: self._add_params(run, params))
         self._once(
             entry, "config", 1, lambda: self._mlflow.log_text(run, record.config_yaml(row.config), "config.yaml")

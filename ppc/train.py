@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from io import BytesIO
 from pickle import UnpicklingError
 from typing import Any
-from zipfile import BadZipFile, ZipFile
+from zipfile import BadZipFile
 
 import torch
 import torch.distributed as dist
@@ -25,6 +25,7 @@ from ppc.config import RuntimeConfig
 from ppc.faults import StorageError
 from ppc.optim import poly_lr, set_lr
 from ppc.places import StoragePath, atomic_write, names_in, read_bytes, remove
+from ppc.weights import load_checked
 
 Batch = Mapping[str, Any]
 KEEP_CHECKPOINTS = 2
@@ -276,12 +277,7 @@ def _load_newest(job: Job, stage: StageDir, device: torch.device) -> int:
     """
     for path in checkpoints(stage):
         try:
-            data = BytesIO(read_bytes(path))
-            with ZipFile(data) as archive:  # torch does not look at the checksums that it writes
-                if (broken := archive.testzip()) is not None:
-                    raise BadZipFile(f"checksum of {broken}")
-            data.seek(0)
-            state = torch.load(data, map_location=device, weights_only=True)
+            state = load_checked(BytesIO(read_bytes(path)), device)
             key, epoch, net, optimizer = (state[name] for name in ("key", "epoch", "net", "optimizer"))
             if not _all_finite(net.values()):
                 raise BadZipFile("it holds weights that are not finite")

@@ -127,7 +127,7 @@ def run_trial(
         dataset = open_data(cfg.data, storage)  # in here: data that went away is this trial's error too
         if cfg.data.on_broken == "skip":
             for split in data_splits(cfg):
-                leave_out_broken(dataset, split, storage, with_labels=split in tagged_splits(cfg))
+                leave_out_broken(dataset, split, storage, with_labels=split in tagged_splits(cfg), planned=True)
         done: list[dict[str, Any]] = []
         merged: dict[str, Any] = {}
         cost = {"gpu_h": 0.0, "cpu_h": 0.0, "wall_s": 0.0}

@@ -15,6 +15,7 @@ from ppc.backbones import (
     Backbone,
     Normalisation,
     Parts,
+    backbone_problem,
     build_backbone,
 )
 from ppc.dropout import set_dropout_seeds
@@ -249,3 +250,9 @@ def test_normalisation_is_that_of_the_official_code() -> None:
     stored = golden("augment_50x36")
     normalised_HW3 = NORMALISATIONS["imagenet"].apply(stored["image"]).permute(1, 2, 0)
     assert torch.allclose(normalised_HW3, torch.from_numpy(stored["normalised"]).float(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_timm_model_that_cannot_be_built_is_said_so() -> None:
+    pytest.importorskip("timm")
+    problem = backbone_problem("timm:vgg16", 16)
+    assert problem is not None and problem.startswith("backbone.name: timm:vgg16 cannot be built at stride 16")

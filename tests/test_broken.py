@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny_run import SCENES, curve, tiny_config
+from tiny_run import SCENES, curve, scenes_root, tiny_config
 from tiny_study import QUIET, make_study
 from typer.testing import CliRunner
 
@@ -141,6 +141,22 @@ def test_skip_trains_on_the_others_and_reports_the_count(root: Path, tmp_path: P
     result = run_trial(plan.config, plan.key, plan.stages, storage, LocalRuntime())
     assert result["skipped"] == {"train": {"ids": sorted(BROKEN), "listed": 5000}}
     assert result["counts"] == {"train": 4980}
+
+
+def test_files_that_changed_since_the_plan_stop_a_trial_that_skips(tmp_path: Path) -> None:
+    """What it would train on are not the images that its key is made of."""
+    root, storage = scenes_root(tmp_path), Storage(tmp_path / "storage")
+    cfg = train_only(root, batch_size=2, on_broken="skip")
+    plan = Planner(storage).plan(cfg)
+    path = min((root / "JPEGImages").iterdir())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:200])
+    with pytest.raises(ValueError, match="split train are not those that the trial was planned with; launch or resume"):
+        run_trial(plan.config, plan.key, plan.stages, storage, LocalRuntime())
+    assert Planner(storage).plan(cfg).key != plan.key
+    path.write_bytes(whole)
+    result = run_trial(plan.config, plan.key, plan.stages, storage, LocalRuntime())
+    assert "skipped" not in result or not result["skipped"]
 
 
 def few(storage: Storage, root: Path, split: str, **tiny: Any) -> dict[str, Any]:

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from ppc import cli
 from ppc.artifacts import Storage
+from ppc.cli import app
 from ppc.ledger import FINISHED, read_rows
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
@@ -159,3 +161,38 @@ def test_what_is_missing_is_printed_with_its_brackets(tmp_path: Path, ppc, monke
     root = tmp_path / "[data]"
     assert ppc("data", "make-scenes", root, "--num-train", "2", "--num-val", "1", "--image-px", "32")[0] == 0
     assert str(root) in ppc("data", "check", root)[1].replace("\n", "")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["study", "launch", "experiments/scenes_k.yaml", "--max-concurrent", "0"], "--max-concurrent"),
+        (["study", "launch", "experiments/scenes_k.yaml", "--num-cpus", "-1"], "--num-cpus"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(words: list[str], told: str) -> None:
+    ran = CliRunner().invoke(app, words)
+    assert ran.exit_code == 2 and told in ran.output and "1" in ran.output
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (
+            ["study", "launch", "experiments/scenes_k.yaml", "--local", "--tracking", "http://h"],
+            "--tracking: --local runs",
+        ),
+        (
+            ["study", "resume", "k", "--local", "--address", "auto", "--num-cpus", "2"],
+            "--address, --num-cpus: --local runs",
+        ),
+        (
+            ["study", "resume", "k", "--address", "http://h:8265", "--local"],
+            "a job server runs this on its own cluster",
+        ),
+        (["study", "resume", "k", "-f"], "--follow prints the log of a job"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(words: list[str], told: str) -> None:
+    ran = CliRunner().invoke(app, words)
+    assert isinstance(ran.exception, ValueError) and told in str(ran.exception)

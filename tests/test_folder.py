@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import pickle
 from pathlib import Path
 
@@ -169,3 +171,40 @@ def test_the_fingerprint_holds_tags_and_class_names(root: Path) -> None:
     (root / "classes.txt").write_text("Äpfel\npear tree\nprune\n", encoding="utf-8")
     seen.add(prints())
     assert len(seen) == 3
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_an_image_of_more_than_8_bits_is_named_and_not_cut_off(mode: str, root: Path) -> None:
+    values = np.full((40, 50), 3000, dtype={"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])
+    path = FolderLayout(root).image_path("a.jpg")
+    Image.fromarray(values).save(path, format="TIFF")
+    with pytest.raises(DataError, match=r"more than 8 bits a pixel.*8-bit grey or RGB") as caught:
+        FolderLayout(root).image("a.jpg")
+    assert caught.value.of_image
+
+
+def test_an_image_too_large_to_open_is_named(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    data = FolderLayout(root)
+    for read in (data.image, data.image_size):
+        with pytest.raises(DataError, match=r"a\.jpg\S*: not readable as an image .*pixels.*store it smaller"):
+            read("a.jpg")
+
+
+def test_a_disk_that_does_not_answer_is_no_broken_image(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A verdict on an image is kept: one day's network must not leave it out for ever."""
+
+    def refuse(path: Path) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(DataError, match=r"a\.jpg\S*: cannot be read \(Input/output error\)") as caught:
+        FolderLayout(root).image("a.jpg")
+    assert not caught.value.of_image
+
+
+@pytest.mark.parametrize("name", ["README", "readme.roboflow", "LICENSE", "Licence"])
+def test_texts_about_the_folder_are_no_splits(name: str, root: Path) -> None:
+    before = FolderLayout(root).splits()
+    (root / f"{name}.txt").write_text("See https://example.org/x y\n")
+    assert FolderLayout(root).splits() == before

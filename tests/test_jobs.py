@@ -143,6 +143,10 @@ def test_relative_paths_of_data_and_weights_are_refused(tmp_path: Path) -> None:
     sets = ["data.name=voc", "data.root=VOC2012"]
     with pytest.raises(ValueError, match=r"data.root: VOC2012 .* --set data.root=/shared/VOC2012"):
         submit(experiment(tmp_path), "http://127.0.0.1:9", storage="/s", options=LaunchOptions(sets=sets))
+    sets = ["stages=[train_cam, make_seeds, refine_crf, train_seg, predict_seg, evaluate]"]
+    sets += ["segmentation.backbone.name=resnet50", "segmentation.backbone.weights=made.pth"]
+    with pytest.raises(ValueError, match=r"segmentation.backbone.weights: made.pth means another file on every node"):
+        submit(tmp_path / "studies" / "jobs.yaml", "http://127.0.0.1:9", storage="/s", options=LaunchOptions(sets=sets))
 
 
 def free_port() -> int:

@@ -46,6 +46,16 @@ def test_a_stage_is_paid_for_once(tmp_path: Path) -> None:
     assert as_data([found["a"]])[0]["best_mean"] == row.metric("mask_miou_train")
 
 
+def test_a_trial_that_another_study_finished_is_paid_for_once(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    make_study(storage, name="a", k=[4], seeds=[0])
+    assert run_study(storage, "a", LOCAL, QUIET) == 0
+    make_study(storage, name="b", k=[4], seeds=[0])
+    assert run_study(storage, "b", LOCAL, QUIET) == 0
+    found = {one.study: one for one in overviews(storage)}
+    assert found["a"].cpu_h > 0 and found["b"].cpu_h == 0 and found["b"].states == {"FINISHED": 1}
+
+
 def test_attempts_add_up_and_a_trial_at_work_has_cost_something(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     study = make_study(storage, k=[4], seeds=[0])

@@ -163,3 +163,27 @@ def test_sync_sends_the_figures_that_a_launch_has_drawn(one: FakeStudy) -> None:
     assert [item.path for item in client.list_artifacts(parent.info.run_id, "figures")] == ["figures/cams.png"]
     sent = {item.path for item in client.list_artifacts(parent.info.run_id, "report")}
     assert sent == {f"report/report.{ending}" for ending in ("md", "csv", "json", "tex", "html")}
+
+
+def test_what_mlflows_client_raises_is_one_line_without_the_login(
+    one: FakeStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    two = FakeStudy(one.storage.root, name="two")
+    two.finish(0, 0.5)
+
+    def refuse(self: Any, name: str) -> None:
+        if name == "ppc/one":
+            raise MlflowException("API request to http://me:url-word@127.0.0.1:9/api failed")
+        return real(self, name)
+
+    real = MlflowClient.get_experiment_by_name
+    monkeypatch.setattr("mlflow.MlflowClient.get_experiment_by_name", refuse)
+    with pytest.raises(TrackingError) as caught:
+        sync_studies(one.storage, ["one", "two"], None)
+    assert "url-word" not in str(caught.value) and str(caught.value).startswith("one: MlflowException: API request to")
+    assert caught.value.__cause__ is None, "a traceback would print it"
+    monkeypatch.undo()
+    assert statuses(two)["prototype_top_k=0 s=0"] == "FINISHED", "the other study is sent all the same"

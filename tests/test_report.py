@@ -307,3 +307,35 @@ def test_variants_whose_nets_leave_present_classes_without_seeds_are_named(tmp_p
     assert len(named) == 1 and named[0].startswith("Maps of present classes (train)")
     assert "no seed: prototype_top_k=0 70%, prototype_top_k=4 6%. These nets" in named[0]
     assert "silent_maps_train" not in markdown(report), "it is told in words, not as a column of mIoU"
+
+
+def test_a_variant_above_the_baseline_over_their_shared_seeds_is_not_called_worse(tmp_path: Path) -> None:
+    """The baseline has a fourth seed that the variant has not, and it is a good one: it has the best mean."""
+    study = FakeStudy(tmp_path, ks=(0, 4), seeds=(0, 1, 2, 3))
+    for index, miou in enumerate((0.40, 0.41, 0.42, 0.60, 0.43, 0.4401, 0.4502)):
+        study.finish(index, miou)
+    report = build_report(study.storage, "demo")
+    assert report.lines[0].best and report.lines[1].test is not None and report.lines[1].test.stars == "***"
+    (verdict, *_) = remarks(report)
+    assert "below it" not in verdict
+    assert "Over the seeds that both have, more than the noise above it: prototype_top_k=4." in verdict
+
+
+def test_rows_of_other_images_or_protocols_are_not_to_be_ranked(tmp_path: Path) -> None:
+    study = FakeStudy(tmp_path, ks=(0, 4), seeds=(0, 1))
+    for index in range(4):
+        study.finish(index, 0.4 + index / 100)
+    assert not any("do not rank" in line for line in remarks(build_report(study.storage, "demo")))
+    for index in (2, 3):
+        path = study.storage.trial(study.entry(index)["key"]).path / "result.json"
+        result = json.loads(path.read_text())
+        write_json(path, {**result, "counts": {"train": 5 + index}})
+        study.entry(index)["config"]["seeds"]["protocol"] = "fixed"
+    write_json(study.storage.study("demo").path / "study.json", study.study)
+    told = [line for line in remarks(build_report(study.storage, "demo")) if "do not rank" in line]
+    assert told == [
+        "These figures are not of the same number of images, so do not rank them: prototype_top_k=0 240; "
+        "prototype_top_k=4 7; 8.",
+        "These figures are not of the same protocol, so do not rank them: prototype_top_k=0 best_on_train; "
+        "prototype_top_k=4 fixed.",
+    ]

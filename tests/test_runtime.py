@@ -8,9 +8,11 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 import torch.distributed as dist
@@ -184,3 +186,30 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+# -- what is left of a process that was killed
+
+
+def sleep_long(shared: Path, part: Sequence[int], device: torch.device) -> None:
+    (shared / str(os.getpid())).touch()
+    time.sleep(600)
+
+
+def map_and_sleep(folder: Path) -> None:
+    cfg = RuntimeConfig(images_per_task=1)
+    LocalRuntime(map_processes=2).map(sleep_long, folder, [1, 2], cfg, lambda done, result: None)
+
+
+def test_a_process_that_is_killed_leaves_none_of_its_pool(tmp_path: Path) -> None:
+    process = get_context("spawn").Process(target=map_and_sleep, args=(tmp_path,))
+    process.start()
+    deadline = time.monotonic() + 120
+    while len(pids := [int(path.name) for path in tmp_path.iterdir()]) < 2:
+        assert time.monotonic() < deadline and process.is_alive()
+        time.sleep(0.1)
+    process.kill()
+    process.join()
+    while any(psutil.pid_exists(pid) for pid in pids):
+        assert time.monotonic() < deadline, "the pool works on for nobody"
+        time.sleep(0.1)

@@ -187,6 +187,14 @@ def test_texts_lose_their_secrets() -> None:
     for same in ("https://host:5000/a@b", "see a@b.org: 12", "s3://bucket/x:y"):
         assert without_secrets(same, {}) == same
     assert safe_uri("https://me:pw@host:5000/x") == "https://host:5000/x"
+    for uri, clean in (
+        (
+            "postgresql+psycopg2://db/m?user=u&password=hunter2&sslmode=off",
+            "postgresql+psycopg2://db/m?user=u&password=***&sslmode=off",
+        ),
+        ("mssql+pyodbc:///?odbc_connect=UID%3Du%3BPWD%3Dhunter2", "mssql+pyodbc:///?odbc_connect=***"),
+    ):
+        assert safe_uri(uri) == without_secrets(uri, {}) == clean
 
 
 def test_secrets_of_the_environment_and_of_uris_reach_no_file_and_no_output(

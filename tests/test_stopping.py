@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from fake_study import FakeStudy
+from tiny_study import make_study
 
 from ppc.artifacts import Journal, StageDir, Storage, write_json
+from ppc.checks import check_trial
 from ppc.config import TrialConfig
 from ppc.definition import define
 from ppc.ledger import FINISHED, INTERRUPTED, PENDING, STOPPED, counts, missing
+from ppc.ray_stopping import Early, KeepingAsha, reporting
 from ppc.report import build_report, cells, markdown
 from ppc.run_record import trial_tags
 from ppc.status import status_lines
@@ -166,3 +169,42 @@ def test_a_metric_that_no_training_has_is_refused(tmp_path: Path) -> None:
     specs = expand(study, twin="tiny")
     with pytest.raises(ValueError, match="^name=cam: early_stopping.metric: .* no 'train/er'; there are: train/loss"):
         define(study, specs, baseline(study, specs), Storage(tmp_path))
+
+
+def test_only_the_training_that_has_the_metric_is_compared(tmp_path: Path) -> None:
+    """The nets of PSA, IRN and DeepLab come after the CAM net, and their journals have other names."""
+    study = FakeStudy(tmp_path, ks=(0, 4), seeds=(0, 1))
+    study.entry(2)["stages"][1] = {"name": "train_psa", "key": "p"}
+    for trial in study.study["trials"]:
+        trial["config"]["train"]["epochs"] = 3
+    for stage, key, name in (
+        ("train_cam", study.entry(2)["stages"][0]["key"], "train/cls"),
+        ("train_psa", "p", "psa/loss"),
+    ):
+        folder = study.storage.stage(stage, key)
+        write_json(folder / "progress.json", {"total": 6, "epochs": 3, "epoch": 1})
+        journal = Journal(folder / "journal.jsonl")
+        for step in range(1, 7):
+            journal.write(step, {name: float(step)})
+        journal.close()
+    rule = EarlyStopping.model_validate({"metric": "train/cls", "mode": "min", "min_epochs": 1})
+    early = Early(rule, study.rows, study.study["baseline"], frozenset(), frozenset())
+    assert KeepingAsha(early, study.rows, study.storage).judge(study.entry(2)["key"], 1, 0.5) is None
+    folder = study.storage.stage("train_psa", "p")
+    with reporting(folder, "train/cls"):
+        folder.ask_stop({"epoch": 1})
+    assert folder.stop_asked() is not None, "nothing was done here"
+
+
+def test_a_search_is_not_stopped_early(tmp_path: Path) -> None:
+    axes = {"contrast.temperature": {"low": 0.1, "high": 0.3}}
+    design = {"kind": "search", "axes": axes, "search": {"num_variants": 2}}
+    raw = {"name": "k", "base": {}, "design": design, "early_stopping": {"metric": "train/cls", "mode": "min"}}
+    with pytest.raises(ValueError, match="early_stopping: is not for kind search"):
+        expand(StudyConfig.model_validate(raw), twin="tiny", check=check_trial)
+
+
+@pytest.mark.parametrize("metric", ["bg_score", "silent_maps_train"])
+def test_a_study_is_decided_by_what_is_better_when_it_is_larger(metric: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"metric: .*'{metric}' cannot decide; take a mIoU .*mask_miou_train"):
+        make_study(Storage(tmp_path), metric=metric)

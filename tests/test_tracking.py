@@ -6,6 +6,7 @@ import json
 import shutil
 import socket
 import sqlite3
+import ssl
 import threading
 import time
 import urllib.request
@@ -19,16 +20,16 @@ import pytest
 from fake_study import FakeStudy
 from PIL import Image
 
-from ppc import tracking
-from ppc.artifacts import Storage, now_ms
+from ppc import mlflow_server, tracking
+from ppc.artifacts import Storage, now_ms, read_json, write_json
 from ppc.ledger import STALE_S, TrialRow
 from ppc.mlflow_embedded import start_ui, ui_command
-from ppc.mlflow_server import TrackingError, check_uri, default_uri, experiment_id, server_version, tracking_uri
+from ppc.mlflow_server import TrackingError, check_uri, default_uri, experiment_id, probe, server_version, tracking_uri
 from ppc.mlflow_views import links
 from ppc.redact import safe_uri
 from ppc.report import live_note
 from ppc.run_record import metric_name, new_points
-from ppc.tracking import MlflowTracker, NoTracker, SyncLoop, Tracker, make_tracker
+from ppc.tracking import OWNER, MlflowTracker, NoTracker, SyncLoop, Tracker, make_tracker
 
 mlflow_module = pytest.importorskip("mlflow")
 
@@ -294,6 +295,61 @@ def test_axis_of_fractions_uses_places(tmp_path: Path, fake: FakeStudy) -> None:
     assert [(s, v) for s, v, _ in history(fractions, parent, "curve/mask_miou_train")] == [(0, 0.6), (1, 0.4)]
 
 
+def test_a_search_sends_its_curve_when_all_places_are_known(fake: FakeStudy) -> None:
+    search = FakeStudy(fake.storage.root, name="search", ks=(1, 0.5), seeds=(0,))
+    search.study["search"] = {}
+    tracker = tracker_of(search)
+    search.finish(0, 0.4)
+    search.finish(1, 0.6)
+    tracker.sync(search.rows)
+    (parent,) = runs_of(search, "study").values()
+    assert history(search, parent, "curve/mask_miou_train") == []
+    tracker.sync(search.rows, final=True)
+    assert [(s, v) for s, v, _ in history(search, parent, "curve/mask_miou_train")] == [(0, 0.6), (1, 0.4)]
+
+
+def test_a_finished_run_gets_the_name_and_the_factors_that_its_variant_has_now(fake: FakeStudy) -> None:
+    tracker = tracker_of(fake)
+    fake.finish(0, 0.4)
+    tracker.sync(fake.rows, final=True)
+    long = "K is none " * 40
+    fake.entry(0).update(variant=long, factors={"contrast.prototype_top_k": 0, "train.epochs": 2})
+    tracker_of(fake, "002").sync(fake.rows, final=True)
+    (run,) = [run for run in runs_of(fake).values() if run.data.tags["ppc.trial_key"] == fake.entry(0)["key"]]
+    assert run.info.run_name == f"{long} s=0"[:250] and run.data.tags["ppc.variant"] == long
+    assert run.data.params == {"contrast.prototype_top_k": "0", "train.epochs": "2", "seed": "0"}
+
+
+def test_a_split_of_any_name_may_have_images_left_out(fake: FakeStudy) -> None:
+    fake.finish(0, 0.4)
+    path = fake.storage.trial(fake.entry(0)["key"]).path / "result.json"
+    write_json(path, {**read_json(path), "skipped": {"train+val": {"ids": ["a"], "listed": 9}}})
+    tracker_of(fake).sync(fake.rows, final=True)
+    run = runs_of(fake)["prototype_top_k=0 s=0"]
+    assert run.info.status == "FINISHED" and run.data.tags["ppc.skipped.train_val"] == "1 of 9 images"
+
+
+def test_two_storages_with_a_study_of_one_name_leave_each_others_runs_alone(fake: FakeStudy, tmp_path: Path) -> None:
+    uri = default_uri(fake.storage)
+    other = FakeStudy(tmp_path / "other", ks=(0, 8))
+    other.study["created_ms"] = fake.study["created_ms"] + 1
+    for index in range(4):
+        fake.start(index)
+    make_tracker(uri, fake.storage, fake.study, "001").sync(fake.rows)
+    other.finish(0, 0.7)
+    for launch in ("001", "002"):
+        make_tracker(uri, other.storage, other.study, launch).sync(other.rows, final=True)
+    make_tracker(uri, fake.storage, fake.study, "001").sync(fake.rows)
+    mine = runs_of(fake)
+    assert len(mine) == 4 and {run.info.status for run in mine.values()} == {"RUNNING"}
+    assert [run.info.status for run in runs_of(fake, "study").values()] == ["RUNNING"]
+    number = experiment_id(other.storage, "demo", uri)
+    assert number is not None and number != experiment_id(fake.storage, "demo", uri)
+    theirs = client_of(fake).search_runs([number], "tags.`ppc.kind` = 'trial'")
+    assert [run.info.status for run in theirs] == ["FINISHED"]
+    assert client_of(fake).get_experiment(number).name == f"ppc/demo {other.study['created_ms']}"
+
+
 def tags_of(fake: FakeStudy) -> dict[str, str]:
     """Tags of the study's experiment."""
     tags: dict[str, str] = client_of(fake).get_experiment_by_name(f"ppc/{fake.name}").tags
@@ -329,7 +385,7 @@ def test_the_page_has_views_of_what_was_sent_and_a_note_that_is_kept_current(
     assert sent == []  # what is there is not sent again
     (fake.storage.study("demo").path / "tracking.json").unlink()
     tracker_of(fake).sync(fake.rows, final=True, note=note(fake.rows))
-    assert len(sent) == len(tags), "a tracker that lost its memory writes all of them again"
+    assert sorted(sent) == sorted({*tags} - {OWNER}), "a tracker that lost its memory writes all of them again"
 
 
 def test_what_a_page_cannot_show_keeps_back_no_trial(fake: FakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,6 +440,40 @@ def test_a_link_knows_the_study_after_the_storage_was_moved(fake: FakeStudy, tmp
     moved = Storage(shutil.move(fake.storage.root, tmp_path / "elsewhere"))
     assert experiment_id(moved, "demo", default_uri(moved)) == number is not None
     assert experiment_id(moved, "demo", "http://h:5000") is None
+
+
+def test_whether_a_server_answers_is_asked_as_its_client_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server behind a proxy with a login, where all pages want it."""
+
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            basic = "Basic " + b64encode(b"me:pass word").decode()
+            self.send_response(200 if self.headers["Authorization"] in (basic, "Bearer abc") else 401)
+            self.end_headers()
+            self.wfile.write(b"OK")
+
+        def log_message(self, *words: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        with pytest.raises(TrackingError, match="wants a login.*MLFLOW_TRACKING_USERNAME"):
+            probe(url)
+        probe(f"http://me:pass%20word@127.0.0.1:{server.server_port}")
+        monkeypatch.setenv("MLFLOW_TRACKING_TOKEN", "abc")
+        probe(url)
+        server.shutdown()
+
+
+def test_certificates_are_those_that_mlflows_client_trusts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("MLFLOW_TRACKING_SERVER_CERT_PATH", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE"):
+        monkeypatch.delenv(name, raising=False)
+    assert mlflow_server._trusted().verify_mode == ssl.CERT_REQUIRED
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path))  # a folder of certificates, and there is none
+    assert mlflow_server._trusted().cert_store_stats()["x509_ca"] == 0
+    monkeypatch.setenv("MLFLOW_TRACKING_INSECURE_TLS", "true")
+    assert mlflow_server._trusted().verify_mode == ssl.CERT_NONE
 
 
 def test_the_version_is_asked_with_the_login_and_not_through_a_proxy(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from ppc.artifacts import StageDir, read_json
 from ppc.config import RuntimeConfig, TrialConfig
+from ppc.data.labels import DataError
+from ppc.data.loader import CamTrainSet
 from ppc.methods import METHODS, Losses
 from ppc.prototypes import Workers
 from ppc.runtime import LocalRuntime, prepare_process
@@ -390,3 +393,25 @@ def test_gather_and_sum_alone_change_nothing() -> None:
     sum_over_workers([y])
     assert torch.equal(y, torch.ones(3))
     assert (rank(), world_size()) == (0, 1)
+
+
+# -- what goes wrong in a process that reads images
+
+
+@pytest.mark.parametrize("processes", [0, 2])
+def test_a_broken_image_is_the_same_error_wherever_it_is_read(processes: int, tmp_path: Path, scenes: Path) -> None:
+    root = Path(shutil.copytree(scenes, tmp_path / "copy"))
+    path = min((root / "JPEGImages").iterdir())
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(DataError, match=f"{path.name}: not readable as an image") as caught:
+        trained(config(root, {"runtime.loader_workers": processes, "train.batch_size": 2}), stage(tmp_path / "out"))
+    assert caught.value.of_image
+
+
+def test_a_loader_that_dies_is_named(tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def die(self: object, epoch: int, image_id: str) -> None:
+        os._exit(9)
+
+    monkeypatch.setattr(CamTrainSet, "sample", die)
+    with pytest.raises(RuntimeError, match=r"a process that reads images died.*runtime\.loader_workers"):
+        trained(config(scenes, {"runtime.loader_workers": 1}), stage(tmp_path))

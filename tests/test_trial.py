@@ -455,3 +455,8 @@ def test_damaged_weights_of_a_finished_stage_are_named(scenes: Path, storage: St
     save_net(other, storage.stage(*plan.stages[0]) / "weights.pt")
     with pytest.raises(ValueError, match="does not hold this trial's net"):
         run_plan(plan, storage)
+    content = bytearray((storage.stage(*plan.stages[0]) / "weights.pt").read_bytes())
+    content[len(content) // 2] ^= 1
+    (storage.stage(*plan.stages[0]) / "weights.pt").write_bytes(content)
+    with pytest.raises(ValueError, match="does not hold this trial's net.*checksum"):
+        run_plan(plan, storage)

@@ -309,3 +309,24 @@ def test_a_known_file_brings_its_normalisation(asked: str, tmp_path: Path, monke
     monkeypatch.setitem(KNOWN_NORMALISATIONS, digest, "caffe_bgr")
     backbone = build_backbone("tiny", output_stride=8, weights=tmp_path / "w.pth", normalisation=asked, seed=0)
     assert backbone.normalisation == NORMALISATIONS["caffe_bgr" if asked == "auto" else asked]
+
+
+def test_a_flipped_bit_is_found_by_the_checksum(tmp_path: Path) -> None:
+    path = save(tmp_path / "w.pth", tiny().net.state_dict())
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    with pytest.raises(ValueError, match=r"w\.pth: not a torch state dict .*checksum of .*data"):
+        load_weights(tiny(), write(path, bytes(content)))
+
+
+def test_a_file_of_the_older_format_is_read_and_a_damaged_one_named(tmp_path: Path) -> None:
+    path = tmp_path / "old.pth"
+    torch.save(tiny(1).net.state_dict(), path, _use_new_zipfile_serialization=False)
+    net = tiny()
+    load_weights(net, path)
+    assert same(net, tiny(1))
+    content = bytearray(path.read_bytes())
+    for place in range(0, 2000, 7):
+        content[place] ^= 255
+    with pytest.raises(ValueError, match=r"old\.pth: not a torch state dict"):
+        load_weights(tiny(), write(path, bytes(content)))

@@ -23,7 +23,9 @@ from ppc.names import check_name
 IGNORE = 255
 OR_SKIP = "or leave all such images out: data.on_broken=skip (ppc data check names them)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error)
+DECODE_ERRORS = (
+    OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 Uint8 = NDArray[np.uint8]
 Float32 = NDArray[np.float32]
@@ -160,7 +162,8 @@ class Dataset(ABC):
 
     def image(self, image_id: str) -> Uint8:
         """RGB image, uint8 (H, W, 3). Raises DataError if missing or broken."""
-        return decode(self.image_path(image_id), lambda image: image.convert("RGB"))
+        path = self.image_path(image_id)
+        return decode(path, lambda image: _rgb(image, path))
 
     def image_size(self, image_id: str) -> tuple[int, int]:
         """(height, width) from the file's header."""
@@ -231,8 +234,21 @@ def decode(path: Path, convert: Callable[[Image.Image], Any], *, of_image: bool 
 
 
 def _broken(path: Path, error: BaseException, *, of_image: bool = True) -> DataError:
+    if (
+        isinstance(error, OSError) and error.errno is not None
+    ):  # the disk, and not the image: a day later it may read well
+        return DataError(path, f"cannot be read ({error.strerror})", "look at the disk, the mount or the rights there")
     remedy = "truncated or damaged: copy or download it again"
+    if isinstance(error, Image.DecompressionBombError):
+        remedy = "store it smaller"
     return DataError(path, f"not readable as an image ({error})", remedy, of_image=of_image)
+
+
+def _rgb(image: Image.Image, path: Path) -> Image.Image:
+    if image.mode in ("I", "F") or image.mode.startswith("I;"):
+        what = f"has more than 8 bits a pixel (mode {image.mode}), which would be cut off"
+        raise DataError(path, what, "store it as 8-bit grey or RGB", of_image=True)
+    return image.convert("RGB")
 
 
 def _indices(image: Image.Image, path: Path) -> Image.Image:

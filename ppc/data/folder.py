@@ -5,6 +5,7 @@ K classes in the order of `classes.txt`; a mask holds 0 = background, 1..K, 255 
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from ppc.data.tags import Table, read_table
 from ppc.names import check_name
 
 ALL = "train"  # the split of all images, where nothing says which there are
-NO_LISTS = ("classes",)  # text files of the root that are no lists
+NO_LISTS = re.compile(r"classes|(readme|licen[cs]e)\b.*", re.IGNORECASE)  # text files of the root that are no lists
 
 
 class FolderLayout(Dataset):
@@ -49,7 +50,7 @@ class FolderLayout(Dataset):
         return read_table(self.root, self.class_names, self._key)
 
     def _lists(self) -> list[str]:
-        return sorted(path.stem for path in self.root.glob("*.txt") if path.stem not in NO_LISTS)
+        return sorted(path.stem for path in self.root.glob("*.txt") if not NO_LISTS.fullmatch(path.stem))
 
     # -- lists
 
@@ -60,7 +61,7 @@ class FolderLayout(Dataset):
     def list_path(self, split: str) -> Path:
         """The split's list, or the table."""
         path = self.root / f"{check_name(split, 'split')}.txt"
-        return path if path.is_file() and split not in NO_LISTS else self.root / "tags.csv"
+        return path if path.is_file() and not NO_LISTS.fullmatch(split) else self.root / "tags.csv"
 
     def listed(self, split: str) -> list[str]:
         """Image ids of a split in the order of its list, or of the table's rows."""

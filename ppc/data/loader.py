@@ -7,7 +7,7 @@ processes, nor where a run was resumed changes what is in a global batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NotRequired, TypedDict
+from typing import Any, NamedTuple, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ppc.data.dataset import Dataset as ImageSet
+from ppc.data.labels import DataError
 from ppc.data.transforms import CropBox, augment_cam
+from ppc.faults import StorageError
 from ppc.seeding import derive_rng, derive_seed
 
 Normalise = Callable[[NDArray[np.uint8]], Tensor]
@@ -166,6 +168,29 @@ def collate(samples: list[Sample]) -> Batch:
     return batch
 
 
+class _Failed(NamedTuple):
+    """In the place of a sample or a batch: why there is none."""
+
+    error: DataError | StorageError
+
+
+class _Carrying(Dataset[Any]):
+    """A training set whose errors come out of a loader's process as they are; torch makes texts of them."""
+
+    def __init__(self, inner: TrainSet) -> None:
+        self.inner = inner
+
+    def __getitem__(self, address: Any) -> Any:
+        try:
+            return self.inner[address]
+        except (DataError, StorageError) as error:
+            return _Failed(error)
+
+    def collate(self, samples: list[Any]) -> Any:
+        failed = next((sample for sample in samples if isinstance(sample, _Failed)), None)
+        return self.inner.collate(samples) if failed is None else failed
+
+
 class Loader:
     """A rank's batches of any epoch, read by `num_workers` processes (0: in this one)."""
 
@@ -196,12 +221,24 @@ class Loader:
     def epoch(self, epoch: int) -> Iterator[Any]:
         """The batches of an epoch."""
         addresses = [[(epoch, p) for p in positions] for positions in self.positions]
+        carrying = _Carrying(self.dataset)
         loader: DataLoader[Any] = DataLoader(
-            self.dataset,
+            carrying,
             batch_sampler=addresses,  # any iterable of addresses; the data set takes them
-            collate_fn=self.dataset.collate,
+            collate_fn=carrying.collate,
             num_workers=self.num_workers,
             pin_memory=self.pin_memory,
             generator=torch.Generator(),  # or the loader would draw from the global generator
         )
-        yield from loader
+        try:
+            for batch in loader:
+                if isinstance(batch, _Failed):
+                    raise batch.error
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader worker"):
+                raise
+            raise RuntimeError(
+                "a process that reads images died, most often for want of memory (their number is "
+                "runtime.loader_workers): lower that, or give the trial more memory"
+            ) from error

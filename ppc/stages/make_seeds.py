@@ -172,6 +172,7 @@ def infer_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> 
     """
     dataset, cfg = shared.dataset, shared.cfg
     totals: dict[str, Counts] = {}
+    scored = {split for split in {split for split, _ in items} if dataset.has_masks(split)}  # it reads the whole list
     for split, image_id in items:
         path = shared.folder / "cams" / f"{image_id}.npz"
         loaded = read_cam(path)
@@ -186,7 +187,7 @@ def infer_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> 
                 np.savez(handle, keys=keys, cam=cam)
             loaded = keys, cam
         add_counts(totals, {f"{SILENT}{split}": silent_counts(loaded[1])})
-        if dataset.has_masks(split):
+        if split in scored:
             keys, cam = loaded
             mask = dataset.mask(image_id, split=split)
             counts = curve_counts(

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from io import BytesIO
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import BadZipFile
 
 import torch
 from torch import nn
@@ -24,6 +25,7 @@ from ppc.optim import effective_momentum, make_sgd, param_groups
 from ppc.places import StoragePath, atomic_write, read_bytes
 from ppc.stages.context import StageContext
 from ppc.train import Job, fit, rank, world_size
+from ppc.weights import load_checked
 
 
 @dataclass(frozen=True)
@@ -137,12 +139,12 @@ def load_trained(net: nn.Module, path: StoragePath, device: torch.device) -> Nor
     ValueError when the file is damaged or holds another net.
     """
     try:
-        state = torch.load(BytesIO(read_bytes(path)), map_location="cpu", weights_only=True)
+        state = load_checked(BytesIO(read_bytes(path)), torch.device("cpu"))
         net.load_state_dict(state["net"])
         normalisation = Normalisation.from_dict(state["normalisation"])
     except StorageError:
         raise
-    except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError, BadZipFile) as error:
         raise ValueError(f"{path} does not hold this trial's net ({error}); delete its folder and run again") from error
     net.to(device).eval()
     return normalisation
