@@ -137,7 +137,8 @@ def remove(path: StoragePath) -> None:
 def atomic_write(path: StoragePath, mode: str = "wb", *, durable: bool = True) -> Iterator[IO[Any]]:
     """Open a file that appears under its name only when the block ends without an error.
 
-    It outlives a power cut too, unless it is not `durable`. StorageError when the storage is full or read-only.
+    It outlives a power cut too, unless it is not `durable`. Text is UTF-8 whatever the locale. StorageError when the
+    storage is full or read-only.
     """
     if not isinstance(path, Path):
         buffer: BytesIO | StringIO = BytesIO() if "b" in mode else StringIO()
@@ -150,7 +151,7 @@ def atomic_write(path: StoragePath, mode: str = "wb", *, durable: bool = True) -
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
         try:
-            with os.fdopen(descriptor, mode) as handle:
+            with os.fdopen(descriptor, mode, encoding=None if "b" in mode else "utf-8") as handle:
                 yield handle
                 if durable:
                     handle.flush()

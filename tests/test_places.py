@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import os
+import subprocess
+import sys
 import uuid
 from pathlib import Path
 
@@ -118,3 +121,10 @@ def test_a_store_that_does_not_answer_or_has_no_such_bucket_is_one_clear_error(
         assert caught.value.errno == errno.EIO
     finally:
         S3FileSystem.clear_instance_cache()
+
+
+def test_text_is_utf_8_whatever_the_locale(tmp_path: Path) -> None:
+    code = "from ppc.places import *\nwith atomic_write(Path('t'), 'w') as file: file.write('\\xb1')"
+    env = {**os.environ, "LC_ALL": "POSIX", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": str(Path(__file__).parents[1])}
+    subprocess.run([sys.executable, "-X", "utf8=0", "-c", code], cwd=tmp_path, env=env, check=True)
+    assert (tmp_path / "t").read_bytes() == "\xb1".encode()
