@@ -14,7 +14,6 @@ REMEDIES = {
     errno.EDQUOT: f"free space there or ask for more quota, {KEPT}",
     errno.EROFS: f"make it writable again, {KEPT}",
     errno.ESTALE: f"mount it again, {KEPT}",
-    errno.EIO: f"look at the disk, or at the server behind it, {KEPT}",
     errno.ENOTCONN: f"mount it again, {KEPT}",
     errno.ETIMEDOUT: f"look at the server behind it and the network, {KEPT}",
 }

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-from zipfile import BadZipFile, ZipFile, is_zipfile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 import torch
@@ -22,6 +22,7 @@ V1_MAGIC, V2_MAGIC, V3_MAGIC = 0xF993FAC8, 0xF993FAC9, 0xF993FACA
 # MXNet's type flags; bfloat16 (12) is not among numpy's types
 DTYPES = ("<f4", "<f8", "<f2", "u1", "<i4", "i1", "<i8", "?", "<i2", "<u2", "<u4", "<u8")
 MAX_DIMS = 32
+ARCHIVE = b"PK\x03\x04"  # how a file of torch.save begins
 SHOWN = 6  # names quoted in a message
 
 
@@ -208,7 +209,9 @@ _PREFIXES = ("module.", "backbone.", "net.", "model.")
 
 def load_checked(file: BinaryIO, device: torch.device) -> Any:
     """What torch.save wrote, tensors alone. BadZipFile where a checksum is wrong, which torch does not look at."""
-    if is_zipfile(file):  # torch 1.5 and older wrote no archive
+    archived = file.read(len(ARCHIVE)) == ARCHIVE  # torch 1.5 and older wrote none
+    file.seek(0)
+    if archived:
         with ZipFile(file) as archive:
             if (broken := archive.testzip()) is not None:
                 raise BadZipFile(f"checksum of {broken}")

@@ -225,7 +225,9 @@ def test_a_launch_says_how_its_file_differs_before_it_runs(tmp_path: Path) -> No
     storage = Storage(tmp_path)
     made = make_study(storage, k=[0, 4], seeds=[0])
     assert changes.against_saved(made, made) == []
-    other = make_study(Storage(tmp_path / "other"), k=[4, 8], seeds=[0], train={"momentum": 0.5}, metric="bg_score")
+    other = make_study(
+        Storage(tmp_path / "other"), k=[4, 8], seeds=[0], train={"momentum": 0.5}, metric="seed_miou_train"
+    )
     text = io.StringIO()
     console = Console(file=text, width=300)
     with pytest.MonkeyPatch.context() as patch:
@@ -239,7 +241,7 @@ def test_a_launch_says_how_its_file_differs_before_it_runs(tmp_path: Path) -> No
         "1 trial(s) of an earlier study of this name are not in its file any more; their files stay: "
         "prototype_top_k=0 s=0",
         "config train.momentum: 'official' -> 0.5",
-        "metric: 'mask_miou_train' -> 'bg_score'",
+        "metric: 'mask_miou_train' -> 'seed_miou_train'",
         "1 trial(s) get new keys by that, their earlier files stay: prototype_top_k=4 s=0",
     ):
         assert f"  {line}\n" in told
