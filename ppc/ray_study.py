@@ -96,8 +96,9 @@ def _own_sigterm() -> Iterator[None]:
 def concurrency(rows: list[TrialRow], limit: int | None) -> int:
     """How many trials the cluster can train at a time, at most `limit`."""
     fits = len(rows)
-    for runtime in {row.key: TrialConfig.model_validate(row.config).runtime for row in rows}.values():
-        fits = min(fits, room_for(worker_resources(runtime)) // runtime.workers)
+    runtimes = [TrialConfig.model_validate(row.config).runtime for row in rows]
+    for workers, one in {(each.workers, tuple(worker_resources(each).items())) for each in runtimes}:
+        fits = min(fits, room_for(dict(one)) // workers)
     return max(1, min(fits, limit or fits))
 
 

@@ -46,12 +46,15 @@ class Search:
 
     @classmethod
     def load(cls, data: Mapping[str, Any]) -> Search:
-        """What `dump` gave."""
-        study = {**data["study"], "design": {**data["study"]["design"]}}
-        settings = study["design"]["search"]
-        study["design"]["search"] = {
-            name: settings[name] for name in settings if name != "direction"
-        }  # was a field once
+        """What `dump` gave. ValueError for a search of an older version that was to find the smallest value."""
+        design = data["study"]["design"]
+        settings = dict(design["search"])
+        if settings.pop("direction", "maximize") != "maximize":  # was a field once
+            raise ValueError(
+                f"study {data['study']['name']} was searched for the smallest {data['study']['metric']}, which this "
+                "version does not do: search under another name for a mIoU"
+            )
+        study = {**data["study"], "design": {**design, "search": settings}}
         return cls(StudyConfig.model_validate(study), data["base"], data["rounds"])
 
     def _space(self) -> str:

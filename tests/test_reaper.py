@@ -184,6 +184,8 @@ def test_what_mlflows_client_raises_is_one_line_without_the_login(
     with pytest.raises(TrackingError) as caught:
         sync_studies(one.storage, ["one", "two"], None)
     assert "url-word" not in str(caught.value) and str(caught.value).startswith("one: MlflowException: API request to")
-    assert caught.value.__cause__ is None, "a traceback would print it"
+    with pytest.raises(TrackingError) as caught:
+        make_tracker(None, one.storage, one.study, None).sync(one.rows)
+    assert caught.value.__suppress_context__ and caught.value.__cause__ is None, "a traceback would print it"
     monkeypatch.undo()
     assert statuses(two)["prototype_top_k=0 s=0"] == "FINISHED", "the other study is sent all the same"

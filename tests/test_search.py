@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,18 @@ def test_the_next_round_depends_on_results_and_not_on_the_order_of_rows() -> Non
     assert next_round(Search.load(search.dump()), rows) == proposed, "a resume reads what a launch wrote"
     assert next_round(search, rows_of(search, lambda place, seed: -0.1 * place)) != proposed
     assert proposed[0] not in search.rounds[0] and proposed[1] not in search.rounds[0]
+
+
+def test_a_search_of_an_older_version_goes_on_if_it_looked_for_the_largest_value() -> None:
+    search = started(study_of())
+    for direction in ("maximize", "minimize"):
+        data = json.loads(json.dumps(search.dump()))
+        data["study"]["design"]["search"]["direction"] = direction
+        if direction == "maximize":
+            assert Search.load(data)._space() == search._space() and Search.load(data).rounds == search.rounds
+            continue
+        with pytest.raises(ValueError, match="study s was searched for the smallest mask_miou_train"):
+            Search.load(data)
 
 
 def test_the_value_of_a_variant_is_the_mean_of_its_seeds_and_a_failure_is_none() -> None:
