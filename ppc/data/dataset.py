@@ -234,9 +234,7 @@ def decode(path: Path, convert: Callable[[Image.Image], Any], *, of_image: bool 
 
 
 def _broken(path: Path, error: BaseException, *, of_image: bool = True) -> DataError:
-    if (
-        isinstance(error, OSError) and error.errno is not None
-    ):  # the disk, and not the image: a day later it may read well
+    if isinstance(error, OSError) and error.errno is not None:  # the disk, not the image, which may be whole
         return DataError(path, f"cannot be read ({error.strerror})", "look at the disk, the mount or the rights there")
     remedy = "truncated or damaged: copy or download it again"
     if isinstance(error, Image.DecompressionBombError):
