@@ -34,7 +34,7 @@ LocalOption = Annotated[bool, typer.Option("--local", help="On this machine alon
 AddressOption = Annotated[str | None, typer.Option(help="Ray cluster, or `auto`. Default: one on this machine.")]
 CpusOption = Annotated[int | None, typer.Option(min=1, help="CPUs of the cluster that is started here.")]
 ConcurrentOption = Annotated[
-    int | None, typer.Option(min=1, help="Trials at a time. Default: as many as fit; with --local one.")
+    int | None, typer.Option(min=1, help="Trials at a time. Default: the file's; else all that fit, one with --local.")
 ]
 TrackingOption = Annotated[
     str | None, typer.Option(help="MLflow URI, or `none`. Default: MLFLOW_TRACKING_URI, else SQLite in the storage.")

@@ -199,14 +199,14 @@ def _settled(storage: Storage, study: dict[str, Any]) -> list[TrialRow]:
 
 def _run(todo: list[TrialRow], storage: Storage, study: dict[str, Any], launch_dir: StoragePath, where: Where) -> None:
     """Run trials; what one raises is in its error.json. StorageError when the storage kept one from going on."""
+    limit = where.max_concurrent or study["max_concurrent"]
     if not where.local:
         from ppc.ray_study import cluster, run_rows  # ray is not needed for a local run
 
         with cluster(where.address, num_cpus=where.num_cpus):
-            limit = where.max_concurrent or study["max_concurrent"]
             run_rows(todo, storage, launch_dir, max_concurrent=limit, early=_early(todo, storage, study))
         return
-    local_study.run_rows(todo, storage, max_concurrent=where.max_concurrent or 1)
+    local_study.run_rows(todo, storage, max_concurrent=limit or 1)
 
 
 def _early(todo: list[TrialRow], storage: Storage, study: dict[str, Any]) -> Any:

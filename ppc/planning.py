@@ -14,7 +14,7 @@ from ppc.broken import leave_out_broken
 from ppc.checks import check_data, check_trial, metrics_of, nets_of, section_of
 from ppc.config import SALIENCY, DataConfig, TrialConfig
 from ppc.data import DataError, Dataset, open_dataset
-from ppc.data.check import fingerprint
+from ppc.data.check import dark_saliency, fingerprint
 from ppc.runtime import remedy
 from ppc.stages import (
     WEIGHTS,
@@ -196,6 +196,8 @@ class Planner:
             except DataError as error:
                 hint = remedy(error)
                 raise error if hint is None else ValueError(f"{error}; {hint}") from error
+            if with_saliency and (dark := dark_saliency(dataset, dataset.ids(split))) is not None:
+                raise ValueError(f"method.name needs saliency maps of 0 to 255: {dark}")
             left_out = dataset.left_out.get(split, ())  # a result names them
             self._prints[what] = content_key([found, left_out]) if left_out else found
         return self._prints[what]

@@ -128,7 +128,9 @@ class StudyConfig(Section):
         default_factory=list, description="metrics of the table, in order; empty: the one that decides, then all others"
     )
     published: list[Published] = Field(default_factory=list, description="figures of papers, of VOC 2012 at full size")
-    max_concurrent: int | None = Field(None, ge=1, description="trials at a time; null: as many as fit the cluster")
+    max_concurrent: int | None = Field(
+        None, ge=1, description="trials at a time; null: as many as fit the cluster, one with --local"
+    )
     early_stopping: EarlyStopping | None = Field(None, description="null: every trial trains to its last epoch")
     tiny: dict[str, Any] = Field(default_factory=dict, description="dotted fields that --tiny sets beside its own")
     scenes: dict[str, Any] = Field(default_factory=dict, description="dotted fields that --scenes sets beside its own")

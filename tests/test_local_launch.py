@@ -192,9 +192,9 @@ def stage_key(study: dict, index: int, name: str) -> str:
 def test_trials_beside_each_other_have_the_numbers_of_one_after_another(tmp_path: Path) -> None:
     beside, after = Storage(tmp_path / "beside"), Storage(tmp_path / "after")
     results = []
-    for storage, where in ((beside, dataclasses.replace(HERE, max_concurrent=3)), (after, HERE)):
-        study = make_study(storage, k=[0, 4], seeds=[0, 1])
-        assert run_study(storage, "k", where, QUIET) == 0
+    for storage, at_a_time in ((beside, 3), (after, None)):
+        study = {**make_study(storage, k=[0, 4], seeds=[0, 1]), "max_concurrent": at_a_time}
+        assert run_study(storage, "k", HERE, QUIET, study) == 0
         results.append([(row.key, row.result and row.result["metrics"]) for row in read_rows(storage, study)])
     assert results[0] == results[1]
     pids = {storage: {storage.trial(key).state()["pid"] for key, _ in results[0]} for storage in (beside, after)}

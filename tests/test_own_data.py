@@ -164,6 +164,20 @@ def test_what_a_method_needs_is_asked_of_the_layout(tmp_path: Path) -> None:
         planned(Storage(tmp_path / "s"), root, "folder", **{"method.name": "eps"})
 
 
+def test_saliency_maps_of_0_and_1_are_told_before_they_are_taken_for_empty(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "mine")
+    maps = sorted((root / "saliency").iterdir())
+    for path in maps:
+        with Image.open(path) as image:
+            Image.fromarray((np.asarray(image.convert("L")) > 127).astype(np.uint8)).save(path)
+    with pytest.raises(ValueError, match=r"method.name.*mine: .* 0 and 1 alone, of 255; store 1 as 255"):
+        planned(Storage(tmp_path / "s"), root, "folder", **{"method.name": "eps"})
+    ran = CliRunner().invoke(app, ["data", "check", str(root), "--name", "folder"])
+    assert ran.exit_code == 1 and "store 1 as 255" in " ".join(ran.output.split())
+    Image.new("L", (48, 36), 200).save(root / "saliency/plain.png")
+    planned(Storage(tmp_path / "s"), root, "folder", **{"method.name": "eps"})
+
+
 def test_a_saliency_map_of_another_size_ends_the_trial_with_both_names(tmp_path: Path) -> None:
     root, storage = make_folder(tmp_path / "mine"), Storage(tmp_path / "storage")
     Image.new("L", (5, 6)).save(root / "saliency/plain.png")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,6 +17,7 @@ from ppc.data.dataset import IGNORE, Dataset, file_sha
 from ppc.data.labels import DataError
 
 THREADS = 8
+SALIENCY_SAMPLE = 20
 BROKEN_VERSION = 1  # raise it when `broken_images` finds others in the same files
 
 
@@ -53,6 +55,8 @@ def check_dataset(layout: Dataset, splits: Iterable[str], *, with_saliency: bool
     with ThreadPoolExecutor(THREADS) as pool:
         for problems in pool.map(check, items):
             found += problems
+    if with_saliency or layout.has_saliency:
+        found += [dark for ids in lists.values() if (dark := dark_saliency(layout, ids)) is not None]
     return list(dict.fromkeys(found))
 
 
@@ -99,6 +103,19 @@ def _check_image(layout: Dataset, split: str, image_id: str, *, with_saliency: b
     except DataError as error:
         if with_saliency or error.what != "missing":
             yield _problem(error)
+
+
+def dark_saliency(layout: Dataset, ids: Sequence[str]) -> Problem | None:
+    """Maps of 0 and 1 where 0 to 255 is meant, which a loss would take for empty: told by the first ones together,
+    since one map alone may have no more than a trace."""
+    highest = []
+    for image_id in ids[:SALIENCY_SAMPLE]:
+        with suppress(DataError):
+            highest.append(int(layout.saliency(image_id).max()))
+    if max(highest, default=0) != 1:
+        return None
+    what = f"the first {len(highest)} saliency maps hold 0 and 1 alone, of 255"
+    return Problem(layout.saliency_place, what, "store 1 as 255")
 
 
 def broken_images(layout: Dataset, split: str, *, with_labels: bool = True) -> dict[str, Problem]:
