@@ -24,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms import ColorJitter
 
-from ppc.backbones import NORMALISATIONS
 from ppc.data import Dataset
 from ppc.data.loader import CamTrainSet, collate
+from ppc.normalisation import NORMALISATIONS
 
 CROP_PX, LONG_PX = 448, (448, 768)
 GPU_RATES = {"float32 with TF32": 58.6, "bf16": 95.7}  # images/s of a training step on an H200, RESULTS.md

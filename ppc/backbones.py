@@ -4,63 +4,23 @@ To add one: a builder that returns `Parts`, and a line in BACKBONES. BatchNorm r
 never trained (METHOD.md 1.2), so nothing here depends on how a batch is split.
 """
 
-import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from ppc.names import nearest
+from ppc.normalisation import NORMALISATIONS, Normalisation
 from ppc.resnet38 import ResNet38d
+from ppc.timm_net import timm_net
 from ppc.weights import KNOWN_NORMALISATIONS, LoadReport, load_weights
-
-
-# --------------------------------------------------------------------------------------------- input normalisation
-@dataclass(frozen=True)
-class Normalisation:
-    """(pixel / scale - mean) / std; mean and std are in the order that the net sees: BGR where `bgr`."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    scale: float
-    bgr: bool
-
-    def apply(self, image_HW3: np.ndarray[Any, Any]) -> Tensor:
-        """RGB image (H, W, 3) with values 0..255 -> float32 (3, H, W)."""
-        assert image_HW3.ndim == 3 and image_HW3.shape[2] == 3, f"expected (H, W, 3), got {image_HW3.shape}"
-        x_3HW = torch.from_numpy(np.array(image_HW3.transpose(2, 0, 1), dtype=np.float32, order="C"))
-        if self.bgr:
-            x_3HW = x_3HW.flip(0)
-        mean_311, std_311 = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
-        return (x_3HW / self.scale - mean_311) / std_311
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values, for a checkpoint or a JSON file."""
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(self).items()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Normalisation":
-        """Inverse of `to_dict`."""
-        mean, std = (tuple(float(v) for v in values[name]) for name in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3:
-            raise ValueError(f"a normalisation has three means and three stds, got {dict(values)}")
-        return cls(mean, std, float(values["scale"]), bool(values["bgr"]))
-
-
-NORMALISATIONS = {
-    "imagenet": Normalisation((0.485, 0.456, 0.406), (0.229, 0.224, 0.225), 255.0, False),
-    "half": Normalisation((0.5, 0.5, 0.5), (0.5, 0.5, 0.5), 255.0, False),
-    "caffe_bgr": Normalisation((103.939, 116.779, 123.68), (1.0, 1.0, 1.0), 1.0, True),
-    "unit": Normalisation((0.0, 0.0, 0.0), (1.0, 1.0, 1.0), 255.0, False),
-}
 
 
 # -------------------------------------------------------------------------------------------------------- backbone
@@ -327,55 +287,14 @@ BACKBONES: dict[str, Callable[[int], Parts]] = {
 TIMM = "timm:"
 
 
-class _TimmNet(nn.Module):
-    """The last three feature maps of a timm model, channels first; its levels are called by their place."""
-
-    def __init__(self, features: nn.Module, channels: tuple[int, ...]) -> None:
-        super().__init__()
-        self.model = features
-        self.channels = channels
-
-    def forward(self, image_N3HW: Tensor) -> tuple[Tensor, ...]:
-        return self._all(image_N3HW)[-3:]
-
-    def levels(self, image_N3HW: Tensor, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        maps = self._all(image_N3HW)
-        return tuple(maps[int(name)] for name in names)
-
-    def _all(self, image_N3HW: Tensor) -> tuple[Tensor, ...]:
-        pairs = zip(self.model(image_N3HW), self.channels, strict=True)
-        return tuple(x if x.shape[1] == channels else x.permute(0, 3, 1, 2) for x, channels in pairs)
-
-
 def _timm(model: str, output_stride: int) -> Parts:
     """Taps: the model's last three feature maps; normalisation: of its published weights. Frozen: BatchNorm only."""
-    try:
-        import timm
-    except ImportError as error:
-        raise ValueError(
-            f"backbone.name: timm:{model} needs the package timm, which is not installed: pip install -e '.[timm]'"
-        ) from error
-    if not timm.is_model(model):
-        raise ValueError(f"backbone.name: timm has no model {model!r}{_nearest(model, timm.list_models())}")
-    try:
-        features = timm.create_model(model, pretrained=False, features_only=True, output_stride=output_stride)
-    except TypeError:  # a model with a stride of its own
-        features = timm.create_model(model, pretrained=False, features_only=True)
-    channels, strides = tuple(features.feature_info.channels()), features.feature_info.reduction()
-    taps = channels[-3:]
-    if strides[-1] != output_stride or len(taps) != 3:
-        raise ValueError(
-            f"backbone.output_stride: timm:{model} has stride {strides[-1]} and {len(taps)} feature maps, "
-            f"asked for stride {output_stride} and 3; set it to {strides[-1]} or take another model"
-        )
-    cfg = timm.get_pretrained_cfg(model)
-    normalisation = NORMALISATIONS["imagenet"]
-    if cfg is not None:
-        normalisation = Normalisation(tuple(cfg.mean), tuple(cfg.std), 255.0, False)
+    net = timm_net(model, output_stride)
     ignored = ("classifier.", "head.", "head_", "fc.", "norm.", "conv_head.", "bn2.", "conv_norm.")
-    found = enumerate(zip(channels, strides, strict=True))
+    found = enumerate(zip(net.channels, net.strides, strict=True))
     levels = tuple(Level(str(place), width, stride) for place, (width, stride) in found if stride >= 4)
-    return Parts(_TimmNet(features, channels), taps, normalisation, (), ignored, levels)
+    first, second, last = net.channels[-3:]
+    return Parts(net, (first, second, last), net.normalisation, (), ignored, levels)
 
 
 def build_backbone(
@@ -387,10 +306,10 @@ def build_backbone(
     backbone's usual weights. ValueError for an unknown name, a stride it can not have, or weights that do not fit.
     """
     if not name.startswith(TIMM) and name not in BACKBONES:
-        raise ValueError(f"backbone.name: there is no backbone {name!r}{_nearest(name, BACKBONES)}, or timm:MODEL")
+        raise ValueError(f"backbone.name: there is no backbone {name!r}{nearest(name, BACKBONES)}, or timm:MODEL")
     if normalisation != "auto" and normalisation not in NORMALISATIONS:
         names = ("auto", *NORMALISATIONS)
-        raise ValueError(f"backbone.normalisation: there is no {normalisation!r}{_nearest(normalisation, names)}")
+        raise ValueError(f"backbone.normalisation: there is no {normalisation!r}{nearest(normalisation, names)}")
     with seeded_init(seed):
         if name.startswith(TIMM):
             parts = _timm(name.removeprefix(TIMM), output_stride)
@@ -407,23 +326,23 @@ def build_backbone(
 
 @cache
 def backbone_problem(name: str, output_stride: int) -> str | None:
-    """Why a backbone cannot be built, None if it can: it is, on the meta device, where nothing is allocated."""
-    try:
-        with torch.device("meta"):
-            build_backbone(name, output_stride=output_stride, weights=None, normalisation="auto", seed=0)
-    except ValueError as error:
-        return str(error)
-    except Exception as error:  # of timm: some models assert what they can be built with
-        return f"backbone.name: {name} cannot be built at stride {output_stride} ({type(error).__name__}: {error})"
+    """Why a backbone cannot be built or takes images of some sizes only, None if nothing is wrong with it: it is built
+    on the meta device, where nothing is allocated."""
+    with torch.device("meta"):
+        try:
+            backbone = build_backbone(name, output_stride=output_stride, weights=None, normalisation="auto", seed=0)
+        except ValueError as error:
+            return str(error)
+        except Exception as error:  # of timm: some models assert what they can be built with
+            return f"backbone.name: {name} cannot be built at stride {output_stride} ({type(error).__name__}: {error})"
+        try:
+            with torch.no_grad():
+                backbone.eval()(torch.empty(1, 3, 97, 131))
+        except Exception as error:
+            return f"backbone.name: {name} takes images of some sizes only ({type(error).__name__}: {error})"
     return None
 
 
 def _check_stride(name: str, output_stride: int, possible: tuple[int, ...]) -> None:
     if output_stride not in possible:
         raise ValueError(f"backbone.output_stride: {name} can have {possible}, got {output_stride}")
-
-
-def _nearest(name: str, names: Iterable[str]) -> str:
-    names = list(names)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
-    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(names[:20])}"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator
 from typing import Any
 
 from ppc.backbones import BACKBONES, backbone_problem
@@ -13,6 +12,7 @@ from ppc.crf import PRESETS
 from ppc.data import Dataset
 from ppc.deeplab import SEG_HEADS
 from ppc.metrics import SILENT
+from ppc.names import nearest
 from ppc.net_config import SAME, OwnBackbone
 from ppc.stages import (
     NETS,
@@ -161,9 +161,3 @@ def metrics_of(cfg: TrialConfig, dataset: Dataset | None = None) -> list[str]:
         for split in reversed(splits_of(product, cfg))
         if dataset is None or dataset.has_masks(split)
     ]
-
-
-def nearest(name: str, names: Sequence[str]) -> str:
-    """What could have been meant, to end a message with."""
-    close = get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names) or 'none'}"

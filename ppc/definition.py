@@ -13,8 +13,8 @@ from rich.console import Console
 
 from ppc import __version__, changes
 from ppc.artifacts import Storage, now_ms, read_json, write_json
-from ppc.checks import nearest
 from ppc.ledger import TrialRow, missing, read_rows
+from ppc.names import nearest
 from ppc.planning import Planner, data_name
 from ppc.published import is_iou
 from ppc.published import saved as saved_rows

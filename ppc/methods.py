@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ppc.backbones import Normalisation, build_backbone
+from ppc.backbones import build_backbone
 from ppc.cam import NormRule, foreground
 from ppc.config import SALIENCY, ContrastConfig, MethodConfig, TrialConfig, ViewsConfig
 from ppc.contrast import View, contrast_losses
@@ -23,6 +23,7 @@ from ppc.dropout import set_dropout_seeds
 from ppc.losses import ViewMaps, classification_loss, seam_losses
 from ppc.mining import pixel_keys
 from ppc.nets import CamNet, CamOutput
+from ppc.normalisation import Normalisation
 from ppc.prototypes import Workers
 from ppc.resizing import resize
 from ppc.saliency import saliency_loss

@@ -1,7 +1,12 @@
-"""Names that become parts of paths: of studies, trials, stages, splits and images. Whoever makes a path checks them."""
+"""Names that become parts of paths: of studies, trials, stages, splits and images. Whoever makes a path checks them.
+And what was meant by a name that there is not."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+TOLD = 20  # names at most, where none is close
 MAX_BYTES = 200  # file systems take 255: there is room for a suffix and for the name of a temporary file
 
 
@@ -24,3 +29,10 @@ def check_name(name: str, what: str) -> str:
             f"{what} {name!r}: a name does not begin with a dot, and holds no slash, backslash or control character"
         )
     return name
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """What could have been meant, to end a message with."""
+    names = list(names)
+    close = get_close_matches(name, names, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are: {', '.join(names[:TOLD]) or 'none'}"

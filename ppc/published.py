@@ -11,10 +11,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ppc.checks import metrics_of, nearest
+from ppc.checks import metrics_of
 from ppc.config import TrialConfig
 from ppc.ledger import TrialRow
 from ppc.loading import Override
+from ppc.names import nearest
 from ppc.schema import ConfigError, Problem, origin_of
 from ppc.stages.products import products_of
 from ppc.study import TrialSpec, expand

@@ -9,16 +9,9 @@ import torch
 from conftest import golden
 from torch import nn
 
-from ppc.backbones import (
-    BACKBONES,
-    NORMALISATIONS,
-    Backbone,
-    Normalisation,
-    Parts,
-    backbone_problem,
-    build_backbone,
-)
+from ppc.backbones import BACKBONES, Backbone, Parts, backbone_problem, build_backbone
 from ppc.dropout import set_dropout_seeds
+from ppc.normalisation import NORMALISATIONS, Normalisation
 
 FROZEN = {
     "resnet38d": ["conv1a", "b2", "b2_1", "b2_2"],
@@ -256,3 +249,21 @@ def test_a_timm_model_that_cannot_be_built_is_said_so() -> None:
     pytest.importorskip("timm")
     problem = backbone_problem("timm:vgg16", 16)
     assert problem is not None and problem.startswith("backbone.name: timm:vgg16 cannot be built at stride 16")
+
+
+def test_a_timm_transformer_takes_images_of_any_size_or_is_refused() -> None:
+    pytest.importorskip("timm")
+    assert backbone_problem("timm:vit_tiny_patch16_224", 16) is None
+    check_features(build("timm:vit_tiny_patch16_224", 16), 48, 65)
+    problem = backbone_problem("timm:vit_tiny_patch16_224", 8)
+    assert problem is not None and problem.endswith("set it to 16 or take another model")
+    for name, stride in (("swin_tiny_patch4_window7_224", 32), ("maxvit_tiny_tf_224", 32)):
+        problem = backbone_problem(f"timm:{name}", stride)
+        assert problem is not None and "takes images of some sizes only (AssertionError" in problem
+        problem = backbone_problem(f"timm:{name}", 16)
+        assert problem is not None and "has stride 32" in problem and problem.endswith("and 3; take another model")
+
+
+def test_every_backbone_is_found_to_have_no_problem() -> None:
+    for name in BACKBONES:
+        assert backbone_problem(name, 16 if name == "irn_resnet50" else 8) is None

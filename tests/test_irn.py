@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ppc.affinity import displacements
 from ppc.artifacts import StageDir, Storage, read_journal
-from ppc.backbones import NORMALISATIONS
 from ppc.boundaries import path as path_between
 from ppc.boundaries import walk_cam
 from ppc.cam import seed_from_cam
@@ -26,6 +25,7 @@ from ppc.figures import palette_png, read_palette_png
 from ppc.irn_net import edges
 from ppc.loading import tiny, validate_trial
 from ppc.net_config import IrnConfig
+from ppc.normalisation import NORMALISATIONS
 from ppc.planning import Planner
 from ppc.prototypes import ALONE, Workers
 from ppc.runtime import LocalRuntime

@@ -18,7 +18,6 @@ from tiny_run import curve, layout, products, scenes_root, tiny_config, weights_
 
 from ppc.affinity import displacements
 from ppc.artifacts import StageDir, Storage
-from ppc.backbones import NORMALISATIONS
 from ppc.checks import check_trial
 from ppc.config import RuntimeConfig, TrialConfig
 from ppc.crf import PRESETS, crf_labels, crf_soft
@@ -27,6 +26,7 @@ from ppc.data.transforms import augment_affinity, draw_crop, draw_flip
 from ppc.figures import read_palette_png
 from ppc.loading import parse, tiny, validate_trial
 from ppc.net_config import PSA_PRESETS, PsaConfig, PsaWalkConfig
+from ppc.normalisation import NORMALISATIONS
 from ppc.planning import Planner, TrialPlan
 from ppc.prototypes import ALONE
 from ppc.runtime import LocalRuntime

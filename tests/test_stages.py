@@ -15,7 +15,6 @@ from PIL import Image
 from tiny_run import layout, manifest_result, products, scenes_root, tiny_config
 
 from ppc.artifacts import StageDir, Storage
-from ppc.backbones import NORMALISATIONS
 from ppc.cam import seed_from_cam
 from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_scores, refine_seed
@@ -24,6 +23,7 @@ from ppc.data.voc import VocLayout
 from ppc.figures import read_palette_png
 from ppc.methods import METHODS, build_net, class_maps
 from ppc.metrics import OFFICIAL_THRESHOLDS, curve_counts
+from ppc.normalisation import NORMALISATIONS
 from ppc.planning import Planner, TrialPlan
 from ppc.runtime import LocalRuntime
 from ppc.stages import STAGES, needs_of, plan_stages

@@ -13,7 +13,8 @@ import torch
 from conftest import GOLDEN
 from torch import Tensor, nn
 
-from ppc.backbones import NORMALISATIONS, Backbone, Parts, build_backbone
+from ppc.backbones import Backbone, Parts, build_backbone
+from ppc.normalisation import NORMALISATIONS
 from ppc.weights import DTYPES, KNOWN_NORMALISATIONS, load_state, load_weights, read_mxnet_params, resnet38_name
 
 MAGIC = {"v1": 0xF993FAC8, "v2": 0xF993FAC9, "v3": 0xF993FACA}

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ppc.artifacts import Progress, StageDir
-from ppc.backbones import Normalisation
 from ppc.config import TrialConfig
 from ppc.crf import LABEL_GT_PROB, PRESETS, CrfParams, crf_labels, crf_soft
 from ppc.data import Dataset
 from ppc.deeplab import SegNet
 from ppc.figures import palette_png
+from ppc.normalisation import Normalisation
 from ppc.places import StoragePath, size_of
 from ppc.segmentation import merge_logits
 from ppc.stages.context import StageContext

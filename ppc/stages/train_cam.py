@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from ppc.backbones import Normalisation
 from ppc.config import SALIENCY, TrialConfig
 from ppc.data.loader import CamTrainSet
 from ppc.methods import Losses, build_net, net_normalisation
 from ppc.nets import CamNet
+from ppc.normalisation import Normalisation
 from ppc.places import StoragePath
 from ppc.prototypes import Workers
 from ppc.stages.context import StageContext

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ppc.affinity import affinity_losses, pair_labels
 from ppc.artifacts import Progress, StageDir
-from ppc.backbones import Normalisation, backbone_problem, build_backbone
+from ppc.backbones import backbone_problem, build_backbone
 from ppc.boundaries import boundary_affinity, confident_labels, displacement_losses
 from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_seed
@@ -25,6 +25,7 @@ from ppc.data.irn import IrnTrainSet
 from ppc.figures import palette_png
 from ppc.irn_net import STRIDE, IrnNet, head_groups, levels_problem
 from ppc.net_config import IrnLabelsConfig
+from ppc.normalisation import Normalisation
 from ppc.optim import effective_momentum, make_sgd
 from ppc.places import StoragePath, size_of
 from ppc.prototypes import Workers

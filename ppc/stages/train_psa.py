@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ppc.affinity import STRIDE, affinity_label, affinity_losses, pair_affinity, pair_labels, power_background
 from ppc.affinity_net import AffinityNet
 from ppc.artifacts import Progress, StageDir
-from ppc.backbones import Normalisation, build_backbone
+from ppc.backbones import build_backbone
 from ppc.config import TrialConfig
 from ppc.crf import PRESETS, refine_scores
 from ppc.data import Dataset
@@ -31,6 +31,7 @@ from ppc.data.loader import Normalise, TrainSet
 from ppc.data.transforms import augment_affinity
 from ppc.dropout import set_dropout_seeds
 from ppc.faults import StorageError
+from ppc.normalisation import Normalisation
 from ppc.places import StoragePath, atomic_write, read_bytes, size_of
 from ppc.prototypes import Workers
 from ppc.seeding import derive_rng, derive_seed

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from ppc.backbones import Normalisation, build_backbone
+from ppc.backbones import build_backbone
 from ppc.config import TrialConfig
 from ppc.data import Dataset
 from ppc.data.loader import Normalise, TrainSet
@@ -20,6 +20,7 @@ from ppc.data.transforms import apply_crop, augment_segment
 from ppc.deeplab import SegNet, official_momentum
 from ppc.dropout import set_dropout_seeds
 from ppc.figures import read_palette_png
+from ppc.normalisation import Normalisation
 from ppc.places import StoragePath, size_of
 from ppc.seeding import derive_rng, derive_seed
 from ppc.segmentation import IGNORE, segmentation_loss

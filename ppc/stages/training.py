@@ -14,13 +14,14 @@ import torch
 from torch import nn
 
 from ppc.artifacts import StageDir, read_json, write_json
-from ppc.backbones import Backbone, Normalisation
+from ppc.backbones import Backbone
 from ppc.base_config import OptimConfig
 from ppc.config import TrialConfig
 from ppc.data import Dataset
 from ppc.data.loader import Loader, TrainSet
 from ppc.faults import StorageError
 from ppc.locks import locked
+from ppc.normalisation import Normalisation
 from ppc.optim import effective_momentum, make_sgd, param_groups
 from ppc.places import StoragePath, atomic_write, read_bytes
 from ppc.stages.context import StageContext
