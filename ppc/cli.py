@@ -133,10 +133,9 @@ def study_launch(
     refuse_job_server(address, f"ppc submit {file}")
     refuse_beside_local(local, address, num_cpus, tracking)
     from ppc.checks import check_trial
-    from ppc.config import TrialConfig
     from ppc.definition import define, define_search
     from ppc.launch import Where
-    from ppc.loading import load_study
+    from ppc.loading import load_study, of_trial
     from ppc.published import check_published
     from ppc.search import describe, shrunk, start
     from ppc.study import baseline, expand, shared_base
@@ -145,10 +144,10 @@ def study_launch(
     twin = twin_of(tiny=tiny, scenes=scenes)
     study = load_study(file, overrides=sets)
     study = shrunk(study) if twin == "tiny" else study
-    of_trial = [item for item in sets if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
-    specs = expand(study, overrides=of_trial, twin=twin, check=check_trial)
-    check_published(study, overrides=of_trial)
-    base = shared_base(study, overrides=of_trial, twin=twin)
+    trial_sets = of_trial(sets)
+    specs = expand(study, overrides=trial_sets, twin=twin, check=check_trial)
+    check_published(study, overrides=trial_sets)
+    base = shared_base(study, overrides=trial_sets, twin=twin)
     study = study_of(study, twin)
     searched = study.design.kind == "search"
     if dry_run:

@@ -10,9 +10,21 @@ from dataclasses import dataclass
 
 from ppc.artifacts import Storage
 from ppc.exposure import mlflow_exposures, ray_exposures
+from ppc.places import is_remote
 
-NEEDED = ("torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "pydensecrf2", "pydantic")
-EXTRAS = {"ray": "studies on a cluster", "mlflow": "the tracker and its UI", "timm": "backbones named timm:MODEL"}
+NEEDED = (
+    "torch", "torchvision", "numpy", "pillow", "opencv-python-headless", "pydensecrf2", "pydantic", "ruamel.yaml",
+    "typer", "rich", "filelock", "scipy", "jinja2",
+)  # fmt: skip
+EXTRAS = {  # what pip installs by that name, and what for
+    "ray": ("ray", "studies on a cluster"),
+    "mlflow": ("mlflow", "the tracker and its UI"),
+    "s3": ("s3fs", "storage on s3://"),
+    "timm": ("timm", "backbones named timm:MODEL"),
+    "search": ("optuna", "designs of kind search"),
+    "api": ("pandas", "tables of ppc.load_study"),
+    "coco": ("pycocotools", "masks of COCO"),
+}
 MIN_FREE_GB = 5.0
 
 
@@ -28,8 +40,10 @@ class Finding:
 
 def examine(storage: Storage) -> list[Finding]:
     """Packages, CPUs, memory, GPUs, storage, servers that are open to others. Imports what it reports on."""
-    findings = [_package(name, "needed", optional=False) for name in NEEDED]
-    findings += [_package(name, use, optional=True) for name, use in EXTRAS.items()]
+    findings = [_package(name, "needed", f"pip install {name}", optional=False) for name in NEEDED]
+    findings += [
+        _package(name, use, f"pip install -e '.[{extra}]'", optional=True) for extra, (name, use) in EXTRAS.items()
+    ]
     try:
         importlib.import_module("pydensecrf.densecrf")
     except ImportError as error:
@@ -42,18 +56,20 @@ def examine(storage: Storage) -> list[Finding]:
     findings.append(Finding(True, f"{os.cpu_count()} CPUs, {memory_gb:.0f} GB memory"))
     try:
         storage.check_writable()
-        free_gb = shutil.disk_usage(storage.here).free / 1e9
-        enough = free_gb >= MIN_FREE_GB
-        findings.append(Finding(enough, f"storage {storage.root}: {free_gb:.0f} GB free", optional=True))
+        if is_remote(storage.root):
+            findings.append(Finding(True, f"storage {storage.root}: it can be written"))
+        else:
+            free_gb = shutil.disk_usage(storage.root).free / 1e9
+            enough = free_gb >= MIN_FREE_GB
+            findings.append(Finding(enough, f"storage {storage.root}: {free_gb:.0f} GB free", optional=True))
     except ValueError as error:
         findings.append(Finding(False, str(error)))
     exposures = [*mlflow_exposures(storage), *ray_exposures()]
     return findings + [Finding(found.ok, found.text, optional=True, word="WARNING") for found in exposures]
 
 
-def _package(name: str, use: str, *, optional: bool) -> Finding:
+def _package(name: str, use: str, remedy: str, *, optional: bool) -> Finding:
     try:
         return Finding(True, f"{name} {importlib.metadata.version(name)}", optional)
     except importlib.metadata.PackageNotFoundError:
-        remedy = f"pip install -e '.[{name}]'" if name in EXTRAS else f"pip install {name}"
         return Finding(False, f"{name} ({use}): {remedy}", optional)

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from ppc.artifacts import Storage, now_ms, read_json, write_json
 from ppc.gallery import TITLES, TrialPictures, best_variant, pick_row
-from ppc.ledger import TrialRow, read_rows
+from ppc.ledger import TrialRow, make_again, read_rows
 from ppc.places import atomic_write, read_bytes
 from ppc.stages.products import PRODUCTS, splits_of
 
@@ -107,7 +107,7 @@ def _export(
             content = read_bytes(path)
         except FileNotFoundError:
             raise ValueError(
-                f"{path} is missing, though its stage is done; delete {trial.folders[stage].path} and launch again"
+                f"{path} is missing, though its stage is done; {make_again(storage, trial.row, trial.folders[stage])}"
             ) from None
         target = out / source.into / path.name
         if not target.is_file() or target.read_bytes() != content:

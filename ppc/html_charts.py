@@ -182,13 +182,14 @@ def loss_charts(report: Report, storage: Storage, rows: Sequence[TrialRow]) -> l
                 found.setdefault(name, {}).setdefault(row.variant, []).append(points)
     charts = []
     for number, name in enumerate(sorted(found, key=lambda name: (name.split("/")[0], not name.endswith("/loss")))):
-        curves = [Curve(v, order.index(v), means) for v, seeds in found[name].items() if (means := _means(seeds))]
-        charts.append(_chart(f"loss{number}", f"Training: {name}", "step", name, curves, False))
+        curves = [Curve(v, order.index(v), _binned(m)) for v, seeds in found[name].items() if (m := _means(seeds))]
+        if curves:
+            charts.append(_chart(f"loss{number}", f"Training: {name}", "step", name, curves, False))
     return charts
 
 
 def _losses(points: Sequence[dict[str, object]]) -> dict[str, dict[float, float]]:
-    """Losses of a journal by name and step, thinned to `MOST_POINTS` by means over steps that follow each other."""
+    """Losses of a journal by name and step."""
     found = dict[str, dict[float, float]]()
     for point in points:
         metrics, step = point["m"], point["step"]
@@ -196,14 +197,14 @@ def _losses(points: Sequence[dict[str, object]]) -> dict[str, dict[float, float]
         for name, value in metrics.items():
             if name.rpartition("/")[2] not in NO_LOSS and math.isfinite(value):
                 found.setdefault(name, {})[step] = value
-    return {name: _binned(values) for name, values in found.items()}
+    return found
 
 
-def _binned(values: Mapping[float, float]) -> dict[float, float]:
-    steps = sorted(values)
-    size = math.ceil(len(steps) / MOST_POINTS)
-    parts = [steps[i : i + size] for i in range(0, len(steps), size)]
-    return {part[-1]: fmean(values[step] for step in part) for part in parts}
+def _binned(points: Sequence[Point]) -> list[Point]:
+    """Thinned to `MOST_POINTS` by means over steps that follow each other."""
+    size = math.ceil(len(points) / MOST_POINTS)
+    parts = [points[i : i + size] for i in range(0, len(points), size)]
+    return [Point(part[-1].x, fmean(point.y for point in part)) for part in parts]
 
 
 def _means(seeds: Sequence[Mapping[float, float]]) -> list[Point]:

@@ -29,8 +29,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
 from ppc.checks import check_trial, nets_of, section_of
-from ppc.config import TrialConfig
-from ppc.loading import load_study
+from ppc.loading import load_study, of_trial
 from ppc.pack import JOB_ENV, STOP_WAIT_S, LaunchOptions, experiment_files, is_absolute, job_env, packed, shared_storage
 from ppc.published import check_published
 from ppc.study import expand
@@ -72,9 +71,9 @@ def submit(file: Path, address: str, *, storage: str, options: LaunchOptions | N
     """
     options = options or LaunchOptions()
     study = load_study(file, overrides=options.sets)
-    of_trial = [item for item in options.sets if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
-    check_published(study, overrides=of_trial)
-    for spec in expand(study, overrides=of_trial, twin=options.twin, check=check_trial):
+    trial_sets = of_trial(options.sets)
+    check_published(study, overrides=trial_sets)
+    for spec in expand(study, overrides=trial_sets, twin=options.twin, check=check_trial):
         cfg = spec.config
         weights = {f"{section_of(cfg, net)}.weights": cfg.backbone_of(net).weights for net in nets_of(cfg)}
         for name, path in {"data.root": cfg.data.root, **weights}.items():

@@ -65,6 +65,11 @@ def stage_dirs(storage: Storage, row: TrialRow) -> list[StageDir]:
     return [storage.stage(s["name"], s["key"]) for s in row.stages]
 
 
+def make_again(storage: Storage, row: TrialRow, stage: StageDir) -> str:
+    """What to do where a file of a finished stage is gone, to end a message with."""
+    return f"delete {stage.path} and {storage.trial(row.key).path / 'result.json'}, then resume the study"
+
+
 def alive(state: dict[str, Any]) -> bool:
     """Whether a process stands behind a RUNNING state: its heartbeat is fresh, and it is not known to have ended."""
     if now_ms() - state.get("heartbeat_ms", 0) > STALE_S * 1000:

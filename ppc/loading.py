@@ -214,6 +214,12 @@ def override_study(raw: Mapping[str, Any], item: Override) -> Raw:
     return place(raw, f"base.{path}", value, origin)
 
 
+def of_trial(items: Iterable[str]) -> list[str]:
+    """Overrides of a study's base trial, without `base.`: they have the last word, also over --tiny and --scenes."""
+    found = [item.strip().removeprefix("base.") for item in items]
+    return [item for item in found if item.split("=")[0].split(".")[0].strip() in TrialConfig.model_fields]
+
+
 def override_all(raw: Mapping[str, Any], items: Iterable[Override], *, study: bool = False) -> Raw:
     """`override` (or `override_study`) for each item in order; one error holds the problems of all items."""
     out = Raw(raw)
@@ -261,6 +267,7 @@ def _room(values: dict[str, Any], kept: Kept) -> None:
         ("train.batch_size", images),
         ("irn.train.batch_size", images),
         ("psa.train.batch_size", images),
+        ("segmentation.train.batch_size", images),
     ):
         if large not in kept:
             values[large] = max([values[large], *(int(v) for v in kept.get(small, ()) if str(v).isdecimal())])
@@ -294,19 +301,6 @@ def place_all(raw: Raw, values: Mapping[str, Any], origin: str) -> Raw:
     if problems:
         raise ConfigError(problems)
     return raw
-
-
-def tiny_note(raw: Mapping[str, Any], extra: Mapping[str, Any] | None = None) -> str:
-    """What `tiny` changes about a raw trial, in a sentence to print."""
-    small = tiny(raw, extra)
-    changes = list[str]()
-    for path, default in (("data.name", "scenes"), ("backbone.name", "tiny")):
-        before, after = get(raw, path, default), get(small, path, default)
-        if before != after:
-            changes.append(f"{path} {after} in place of {before}")
-    images, epochs = get(small, "data.scenes.num_train", "?"), get(small, "train.epochs", "?")
-    size = f"tiny: {images} generated images, {epochs} epoch(s)"
-    return f"{', '.join([size, *changes])}; its numbers say nothing about the experiment"
 
 
 # -- configs

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import get_context
 from pathlib import Path
@@ -93,7 +94,7 @@ def remedy(error: BaseException) -> str | None:
                 "give the trial more memory: ppc study resume STUDY --set runtime.workers=2 (halves the batch of a "
                 "worker), or --set runtime.gpus_per_worker=1 (shares its GPU with no other trial)"
             )
-        if isinstance(seen, (WorkerDiedError, ProcessExitedException, MemoryError)):
+        if isinstance(seen, (WorkerDiedError, BrokenProcessPool, ProcessExitedException, MemoryError)):
             return (
                 "mostly the memory of the machine was full (its kernel log says so); run fewer trials at a time: "
                 "ppc study resume STUDY --max-concurrent 1, or let one take less: --set runtime.loader_workers=0 "

@@ -17,9 +17,10 @@ import numpy as np
 from PIL import Image
 
 from ppc.artifacts import Storage
+from ppc.checks import nets_of
 from ppc.config import TrialConfig
 from ppc.data import Dataset
-from ppc.ledger import TrialRow
+from ppc.ledger import TrialRow, make_again
 from ppc.places import atomic_write, read_bytes, size_of
 from ppc.planning import open_data
 from ppc.stages.products import PRODUCTS
@@ -35,9 +36,8 @@ def folder_in_archive(split: str, competition: str) -> str:
 
 
 def competition_of(cfg: TrialConfig) -> str:
-    """comp6 when any net of a trial began from a weight file, which is data beside VOC's; else comp5."""
-    backbones = [cfg.backbone, *(getattr(cfg, net).backbone for net in ("psa", "irn", "segmentation"))]
-    return "comp6" if any(backbone.weights is not None for backbone in backbones) else "comp5"
+    """comp6 when any net that a trial trains began from a weight file, which is data beside VOC's; else comp5."""
+    return "comp6" if any(cfg.backbone_of(net).weights is not None for net in nets_of(cfg)) else "comp5"
 
 
 def write_submission(storage: Storage, row: TrialRow, out: Path, *, split: str, competition: str | None) -> str:
@@ -54,16 +54,17 @@ def write_submission(storage: Storage, row: TrialRow, out: Path, *, split: str, 
     if stage not in keys:
         raise ValueError(f"trial {row.label} has no stage {stage}: add train_seg and {stage} to stages")
     if split not in cfg.segmentation.test.splits:
-        made = ", ".join(cfg.segmentation.test.splits)
-        raise ValueError(f"trial {row.label} predicted [{made}], not {split}: add it to segmentation.test.splits")
-    dataset, masks = open_data(cfg.data, storage), storage.stage(stage, keys[stage]) / folder
+        there = ", ".join(cfg.segmentation.test.splits)
+        raise ValueError(f"trial {row.label} predicted [{there}], not {split}: add it to segmentation.test.splits")
+    dataset, made = open_data(cfg.data, storage), storage.stage(stage, keys[stage])
+    masks = made / folder
     inside = folder_in_archive(split, competition)
     with atomic_write(out) as handle, gzip.GzipFile(fileobj=handle, mode="wb", filename="", mtime=0) as packed:
         with tarfile.open(fileobj=packed, mode="w", format=tarfile.USTAR_FORMAT) as archive:
             for image_id in sorted(set(dataset.ids(split))):
                 path = masks / f"{image_id}.png"
                 if size_of(path) is None:
-                    raise ValueError(f"{path}: there is no prediction of {image_id}; delete {masks} and run again")
+                    raise ValueError(f"{path}: there is no prediction of {image_id}; {make_again(storage, row, made)}")
                 data = read_bytes(path)
                 entry = tarfile.TarInfo(f"{inside}/{image_id}.png")
                 entry.size, entry.mode = len(data), 0o644

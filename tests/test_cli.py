@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
+from upath import UPath
 
-from ppc import cli
+from ppc import cli, places
 from ppc.artifacts import Storage
 from ppc.cli import app
+from ppc.doctor import EXTRAS, NEEDED, examine
 from ppc.ledger import FINISHED, read_rows
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "experiments").glob("*.yaml"))
@@ -141,11 +145,30 @@ def test_data_commands(tmp_path: Path, ppc) -> None:  # noqa: ANN001
     assert code == 1 and image.name in out
 
 
+def test_the_doctor_knows_what_the_project_needs() -> None:
+    project = tomllib.loads((EXPERIMENTS[0].parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    def names(items: list[str]) -> list[str]:
+        return [re.split(r"[\[>=<]", item)[0] for item in items]
+
+    assert set(NEEDED) == set(names(project["dependencies"]))
+    extras = {name: names(items)[0] for name, items in project["optional-dependencies"].items()}
+    del extras["dev"], extras["docs"]
+    assert {extra: name for extra, (name, _) in EXTRAS.items()} == extras
+
+
 def test_schema_and_doctor(tmp_path: Path, ppc) -> None:  # noqa: ANN001
     code, out, _ = ppc("schema")
     assert code == 0 and "design" in json.loads(out)["properties"]
     code, out, _ = ppc("doctor", "--storage", tmp_path)
     assert code == 0 and "torch" in out and str(tmp_path) in out.replace("\n", "")
+
+
+def test_the_doctor_asks_no_remote_store_for_its_free_space(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "HERE", tmp_path / "nothing was kept here yet")
+    storage = Storage(UPath("memory://bucket/project"))
+    (found,) = [finding for finding in examine(storage) if finding.text.startswith("storage ")]
+    assert found.ok and "free" not in found.text and str(storage.root) in found.text
 
 
 def test_what_is_missing_is_printed_with_its_brackets(tmp_path: Path, ppc, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: ANN001

@@ -16,7 +16,7 @@ from fake_study import CLASSES, FakeStudy
 from PIL import Image
 
 from ppc.artifacts import write_json
-from ppc.html_charts import HEIGHT_PX, MOST_POINTS, Chart, _binned, _means, axis_chart, score_charts
+from ppc.html_charts import HEIGHT_PX, MOST_POINTS, Chart, Point, _binned, _means, axis_chart, loss_charts, score_charts
 from ppc.html_pictures import MOST_VARIANTS
 from ppc.html_report import build_page, confusions, page
 from ppc.report import build_report, latex
@@ -165,8 +165,16 @@ def test_curves_are_means_over_seeds(fake: FakeStudy) -> None:
     assert drawn[0] == " ".join(f"{chart.px(p.x)},{chart.py(p.y)}" for p in four.points)
     assert len(drawn) == 3, "the score, train/loss and train/cls"
     assert _means([{0: 1.0, 10: 3.0, 20: 9.0}, {0: 3.0, 10: 5.0}])[1].y == 4.0 and len(_means([{0: 1.0}, {}])) == 0
-    many = _binned({float(step): float(step) for step in range(1000)})
-    assert len(many) <= MOST_POINTS and many[8.0] == 4.0
+    many = _binned([Point(float(step), float(step)) for step in range(1000)])
+    assert len(many) <= MOST_POINTS and Point(8.0, 4.0) in many
+
+
+def test_a_seed_that_has_only_begun_costs_no_chart(fake: FakeStudy) -> None:
+    report = build_report(fake.storage, "demo")
+    before = loss_charts(report, fake.storage, fake.rows)
+    fake.journal(3, range(40, 2000))  # K = 4, the first of three seeds: thinned alone it would share no step with them
+    after = loss_charts(build_report(fake.storage, "demo"), fake.storage, fake.rows)
+    assert [chart.curves for chart in after] == [chart.curves for chart in before] and len(after) == 2
 
 
 def test_an_axis_without_numbers_is_not_joined(fake: FakeStudy) -> None:

@@ -14,12 +14,12 @@ from ppc.loading import (
     load_study,
     load_trial,
     load_yaml,
+    of_trial,
     override,
     override_all,
     override_study,
     parse,
     tiny,
-    tiny_note,
     validate_study,
     validate_trial,
 )  # fmt: skip
@@ -362,10 +362,6 @@ def test_tiny_shrinks_any_trial_to_generated_data_on_a_cpu() -> None:
     assert raw["data"]["name"] == "voc"
     small = validate_trial(tiny(raw, {"backbone.name": "resnet50"}, keep={"seeds.scales": []}), "f")
     assert (small.backbone.name, len(small.seeds.scales)) == ("resnet50", 4)
-    assert tiny_note(raw) == (
-        "tiny: 8 generated images, 1 epoch(s), data.name scenes in place of voc, "
-        "backbone.name tiny in place of resnet38d; its numbers say nothing about the experiment"
-    )
     assert errors(tiny, raw, {"backbone.nam": "x"}) == [
         "tiny: backbone.nam: no such field; did you mean backbone.name?"
     ]
@@ -376,8 +372,16 @@ def test_tiny_makes_room_for_values_that_stay() -> None:
     raw = tiny({"views": {"target_px": 96}, "train": {"batch_size": 12}}, keep=kept)
     config = validate_trial(raw, "f")
     assert (config.train.crop_px, config.data.scenes.num_train) == (96, 12)
+    for net in ("psa", "irn", "segmentation"):
+        config = validate_trial(tiny({}, keep={f"{net}.train.batch_size": [4, 16]}), "f")
+        assert config.data.scenes.num_train == 16
     crop = validate_trial(tiny({}, keep={**kept, "train.crop_px": [448]}), "f")
     assert (crop.train.crop_px, crop.data.scenes.num_train) == (448, 12)
+
+
+def test_overrides_of_a_study_win_over_tiny_with_and_without_base() -> None:
+    items = ["train.epochs=2", " base.train.crop_px=64", "trial_seeds=[3]", "max_concurrent=2"]
+    assert of_trial(items) == ["train.epochs=2", "train.crop_px=64"]
 
 
 def test_overrides_win_over_tiny(tmp_path: Path) -> None:

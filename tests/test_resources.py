@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import pytest
@@ -82,5 +83,6 @@ def test_the_remedy_is_that_of_the_first_cause() -> None:
     outer = RuntimeError("in a worker")
     outer.__cause__ = torch.OutOfMemoryError("CUDA out of memory")
     assert "runtime.workers=2" in str(remedy(outer))
-    assert "--max-concurrent 1" in str(remedy(WorkerDiedError("died")))
+    for died in (WorkerDiedError("died"), BrokenProcessPool("a process was terminated abruptly")):
+        assert "--max-concurrent 1" in str(remedy(died))
     assert remedy(ValueError("no mask")) is None and tiny_config().runtime.workers == 1

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from tiny_run import TINY, layout, scenes_root
+from tiny_study import QUIET
 from typer.testing import CliRunner
 
 from ppc.artifacts import Storage
@@ -23,6 +24,7 @@ from ppc.data import VocLayout
 from ppc.data.labels import read_label_file
 from ppc.definition import define, save
 from ppc.figures import VOC_PALETTE, read_palette_png
+from ppc.launch import Where, run_study
 from ppc.ledger import read_rows
 from ppc.loading import override_all
 from ppc.runtime import LocalRuntime
@@ -101,7 +103,9 @@ def test_what_a_trial_predicted_arrives_in_the_servers_layout(storage: Storage, 
 
 def test_the_competition_follows_the_weights() -> None:
     assert competition_of(TrialConfig()) == "comp5"
-    for changes in ({"backbone": {"weights": "x"}}, {"segmentation": {"backbone": {"name": "tiny", "weights": "x"}}}):
+    of_seg: dict[str, Any] = {"segmentation": {"backbone": {"name": "tiny", "weights": "x"}}}
+    assert competition_of(TrialConfig.model_validate(of_seg)) == "comp5", "no net begins from it"
+    for changes in ({"backbone": {"weights": "x"}}, {**of_seg, "stages": ["train_seg", "predict_seg"]}):
         assert competition_of(TrialConfig.model_validate(changes)) == "comp6"
 
 
@@ -115,9 +119,19 @@ def test_a_split_that_was_not_predicted_and_a_lost_prediction_are_named(
         write_submission(own, row, tmp_path / "o.tgz", split="val", competition=None)
     image_id = layout(root).ids("test")[1]
     next(own.root.rglob(f"predict_seg/*/masks/{image_id}.png")).unlink()
-    with pytest.raises(ValueError, match=f"there is no prediction of {image_id}"):
+    with pytest.raises(ValueError, match=f"there is no prediction of {image_id}; delete .*, then resume") as lost:
         write_submission(own, row, tmp_path / "o.tgz", split="test", competition=None)
     assert not (tmp_path / "o.tgz").exists()
+    follow(str(lost.value))
+    assert run_study(own, "seg", Where(local=True, tracking="none"), QUIET) == 0
+    assert write_submission(own, row, tmp_path / "o.tgz", split="test", competition=None)
+
+
+def follow(message: str) -> None:
+    """Do what the message says."""
+    folder, _, result = message.partition("; delete ")[2].partition(", then")[0].partition(" and ")
+    shutil.rmtree(folder)
+    Path(result).unlink()
 
 
 # -- complaints

@@ -142,13 +142,13 @@ class SegTrainSet(TrainSet):
         if unknown := [v for v in np.unique(label_HW).tolist() if self.layout.num_classes < v < IGNORE]:
             raise ValueError(
                 f"{path}: class {unknown[0]}, but the dataset {self.layout.root} has the classes 0 to "
-                f"{self.layout.num_classes} (and 255, ignored); delete the folder of masks and make them again"
+                f"{self.layout.num_classes} (and 255, ignored); delete {self.masks.parent}, so that they are made again"
             )
         height, width = self.layout.image_size(image_id)
         if label_HW.shape != (height, width):
             raise ValueError(
                 f"{path}: {label_HW.shape[1]}x{label_HW.shape[0]} pixels, but its image in {self.layout.root} has "
-                f"{width}x{height}; delete the folder of masks and make them again"
+                f"{width}x{height}; delete {self.masks.parent}, so that they are made again"
             )
         return label_HW
 
