@@ -30,6 +30,11 @@ def nets_of(cfg: TrialConfig) -> list[str]:
     return [net for stage, net in NETS.items() if stage in cfg.stages]
 
 
+def weights_of(cfg: TrialConfig) -> dict[str, str | None]:
+    """The weight files that a trial's nets begin with, by section."""
+    return {section_of(cfg, net): cfg.backbone_of(net).weights for net in nets_of(cfg)}
+
+
 def section_of(cfg: TrialConfig, net: str) -> str:
     """Dotted name of the section that says what a net's backbone is."""
     return "backbone" if cfg.backbone_of(net) is cfg.backbone else f"{net}.backbone"

@@ -6,7 +6,7 @@ import os
 import shlex
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -34,6 +34,7 @@ from ppc.cli_options import (
 )
 from ppc.cli_report import register as register_report
 from ppc.cli_ui import register as register_ui
+from ppc.redact import AS_IT_IS
 
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 study_app = typer.Typer(help="Launch, watch and resume studies.", no_args_is_help=True)
@@ -69,10 +70,10 @@ def _print_cost(configs: list[Any], storage: Any, measured: bool) -> None:
     from ppc.report import align
 
     if measured:
-        measure(configs, storage, lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True))
+        measure(configs, storage, lambda text: console.print(text, **AS_IT_IS))
     found = costs(configs, rates(storage))
     for text in [*align(table(found)), *remarks(found)]:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, **AS_IT_IS)
 
 
 @app.command()
@@ -152,13 +153,13 @@ def study_launch(
     searched = study.design.kind == "search"
     if dry_run:
         if searched:
-            console.print("\n".join(describe(study)), highlight=False, markup=False, soft_wrap=True)
+            console.print("\n".join(describe(study)), **AS_IT_IS)
             search = start(study, base, None)
             specs = search.specs(search.rounds[0])
         for spec in specs:
             factors = ", ".join(f"{path}={value}" for path, value in spec.factors.items())
-            console.print(f"{spec.variant}  seed {spec.seed}  {factors}", highlight=False, markup=False, soft_wrap=True)
-        console.print(f"{len(specs)} trials", highlight=False, markup=False)
+            console.print(f"{spec.variant}  seed {spec.seed}  {factors}", **AS_IT_IS)
+        console.print(f"{len(specs)} trials", **AS_IT_IS)
         _print_cost([spec.config for spec in specs], _storage(storage), measured)
         return
     if measured:
@@ -255,18 +256,13 @@ def study_status(
     study = store.study(name).definition()
     rows = (watch_study if watch else show_study)(store, study, console)
     for line in skipped_lines(rows):
-        console.print(line, highlight=False, markup=False, soft_wrap=True)
+        console.print(line, **AS_IT_IS)
     for line in told(study):
-        console.print(f"changed: {line}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"changed: {line}", **AS_IT_IS)
     for row in rows:
         if row.error:
             where = store.trial(row.key).path / "error.json"
-            console.print(
-                f"{row.label}: {row.error['message']}\n  traceback: {where}",
-                highlight=False,
-                markup=False,
-                soft_wrap=True,
-            )
+            console.print(f"{row.label}: {row.error['message']}\n  traceback: {where}", **AS_IT_IS)
     raise typer.Exit(1 if any(row.state == FAILED for row in rows) else 0)
 
 
@@ -306,9 +302,9 @@ def sync(
         raise ValueError(f"sync {name} --all: name one study, or say --all")
     store = _storage(storage)
     names = study_names(store) if name is None else [name]
-    sync_studies(store, names, tracking, lambda text: console.print(text, highlight=False, markup=False))
+    sync_studies(store, names, tracking, lambda text: console.print(text, **AS_IT_IS))
     if not names:
-        console.print(f"no study in {store.root}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"no study in {store.root}", **AS_IT_IS)
 
 
 @data_app.command("make-scenes")
@@ -324,7 +320,7 @@ def make_scenes_command(
     from ppc.data.scenes import make_scenes
 
     make_scenes(root, num_classes=num_classes, num_train=num_train, num_val=num_val, image_px=image_px, seed=seed)
-    console.print(f"{root}: {num_train} train and {num_val} val images, generated", highlight=False, markup=False)
+    console.print(f"{root}: {num_train} train and {num_val} val images, generated", **AS_IT_IS)
 
 
 @data_app.command("check")
@@ -344,9 +340,9 @@ def check(
     dataset = open_dataset("voc" if name == "scenes" else name, root, labels=labels)  # scenes are not to be made here
     problems = check_dataset(dataset, splits, with_saliency=saliency)
     for problem in problems:
-        console.print(str(problem), highlight=False, markup=False, soft_wrap=True)
+        console.print(str(problem), **AS_IT_IS)
     sizes = ", ".join(f"{split} {len(dataset.ids(split))}" for split in splits if split in dataset.splits())
-    console.print(f"{root}: {sizes} images; {len(problems)} problem(s)", highlight=False, markup=False)
+    console.print(f"{root}: {sizes} images; {len(problems)} problem(s)", **AS_IT_IS)
     raise typer.Exit(1 if problems else 0)
 
 
@@ -365,7 +361,7 @@ def doctor(storage: StorageOption = DEFAULT_STORAGE) -> None:
 @app.command()
 def schema(
     write: Annotated[Path | None, typer.Option(help="Folder to write the schema files to.")] = None,
-    of: Annotated[str, typer.Option(help="study or trial")] = "study",
+    of: Annotated[Literal["study", "trial"], typer.Option(help="Of which kind of file.")] = "study",
 ) -> None:
     """Print the JSON schema of experiment files, or write both."""
     import json
@@ -374,7 +370,7 @@ def schema(
 
     if write is not None:
         for path in write_schemas(write):
-            console.print(str(path), highlight=False, markup=False)
+            console.print(str(path), **AS_IT_IS)
         return
     print(json.dumps(study_schema() if of == "study" else trial_schema(), indent=2))
 

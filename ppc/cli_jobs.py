@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from ppc.cli_options import SetOption
+from ppc.cli_options import ConcurrentOption, ScenesOption, SetOption, TinyOption, TrackingOption
 
 JobServerOption = Annotated[
     str, typer.Option("--address", envvar="PPC_ADDRESS", help="Job server of the cluster: http://HEAD:8265.")
@@ -98,10 +98,10 @@ def submit(
     address: JobServerOption,
     storage: RemoteStorageOption = None,
     sets: SetOption = [],  # noqa: B006
-    tiny: Annotated[bool, typer.Option("--tiny", help="Shrink to seconds.")] = False,
-    scenes: Annotated[bool, typer.Option("--scenes", help="The whole design on the generated scenes.")] = False,
-    max_concurrent: Annotated[int | None, typer.Option(help="Trials at a time.")] = None,
-    tracking: Annotated[str | None, typer.Option(help="MLflow URI, or `none`.")] = None,
+    tiny: TinyOption = False,
+    scenes: ScenesOption = False,
+    max_concurrent: ConcurrentOption = None,
+    tracking: TrackingOption = None,
     variables: Annotated[list[str], typer.Option("--env", metavar="NAME=VALUE", help="Variable of the job.")] = [],  # noqa: B006
     working_dir: Annotated[Path | None, typer.Option(help="Folder to pack beside the experiment's files.")] = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Print the job's log until it ends.")] = False,

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from ppc.cli_jobs import ask_head, at_job_server, refuse_cluster
 from ppc.cli_options import DEFAULT_STORAGE, OptionalStorageOption, ServerOption
+from ppc.redact import AS_IT_IS
 
 FORMATS = {"md": "md", "latex": "tex", "csv": "csv", "html": "html"}  # and the ending of its file
 
@@ -62,7 +63,7 @@ def report(
     console = Console()
     print_report(built, console)
     for ending in ("md", "html"):
-        console.print(f"report: {files[ending]}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"report: {files[ending]}", **AS_IT_IS)
 
 
 def compare(

@@ -9,13 +9,14 @@ import typer
 from rich.console import Console
 
 from ppc.cli_options import DEFAULT_STORAGE, StorageOption, TrackingOption
+from ppc.redact import AS_IT_IS
 
 OpenOption = Annotated[bool, typer.Option("--open", help="Open the link in a browser.")]
 console = Console()
 
 
 def _say(text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, **AS_IT_IS)
 
 
 def _show(url: str, storage: Any, study: str | None, uri: str, open_it: bool) -> None:

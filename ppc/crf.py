@@ -58,7 +58,7 @@ def _densecrf() -> tuple[Any, Any]:
     try:
         from pydensecrf import densecrf, utils
     except ImportError as error:
-        remedy = "pip install pydensecrf2 (the package named pydensecrf does not compile today), or drop refine_crf"
+        remedy = "pip install pydensecrf2 (the package named pydensecrf does not compile today)"
         raise ImportError(f"the dense CRF needs the module pydensecrf: {remedy}") from error
     return densecrf, utils
 

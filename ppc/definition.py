@@ -18,6 +18,7 @@ from ppc.names import nearest
 from ppc.planning import Planner, data_name
 from ppc.published import is_iou
 from ppc.published import saved as saved_rows
+from ppc.redact import AS_IT_IS
 from ppc.resources import change_runtime
 from ppc.search import Search, next_round, start
 from ppc.stopping import metric_problem
@@ -132,7 +133,7 @@ def next_round_of(storage: Storage, study: dict[str, Any], console: Console) -> 
         write_json(storage.study(study["name"]).path / "study.json", fresh)
         study.update(fresh)  # the tracker and the live table look at this very object
         names = "; ".join(dict.fromkeys(trial["variant"] for trial in more))
-        console.print(f"round {len(search.rounds) - 1}: {names}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"round {len(search.rounds) - 1}: {names}", **AS_IT_IS)
         keys = {trial["key"] for trial in more}
         if todo := [row for row in missing(read_rows(storage, study)) if row.key in keys]:
             return todo  # else all were finished before, in another study

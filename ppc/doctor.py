@@ -59,7 +59,7 @@ def examine(storage: Storage) -> list[Finding]:
         if is_remote(storage.root):
             findings.append(Finding(True, f"storage {storage.root}: it can be written"))
         else:
-            free_gb = shutil.disk_usage(storage.root).free / 1e9
+            free_gb = shutil.disk_usage(storage.here).free / 1e9
             enough = free_gb >= MIN_FREE_GB
             findings.append(Finding(enough, f"storage {storage.root}: {free_gb:.0f} GB free", optional=True))
     except ValueError as error:

@@ -16,7 +16,7 @@ import torch
 
 from ppc.artifacts import Storage, content_key, read_json, write_json
 from ppc.backbones import build_backbone
-from ppc.checks import optim_of
+from ppc.checks import optim_of, weights_of
 from ppc.config import TrialConfig
 from ppc.data import DataError, Dataset, open_dataset
 from ppc.places import names_in
@@ -156,13 +156,10 @@ def like(stage: str, cfg: TrialConfig) -> dict[str, Any]:
     elif stage == "refine_crf":
         found |= {"crf": cfg.crf.preset}
     elif stage != "evaluate":
-        own = cfg.decisive(net or stage) if stage in NETS else cfg.decisive(f"{net}.{_later(stage)}")
+        sections = [NETS[stage]] if stage in NETS else STAGES[stage].reads
+        own = {k: v for section in sections if section != "seed" for k, v in cfg.decisive(section).items()}
         found |= {"set": content_key({k: v for k, v in own.items() if k not in ("train", "backbone", "splits")})[:8]}
     return found
-
-
-def _later(stage: str) -> str:
-    return "test" if stage == "predict_seg" else "walk"
 
 
 # -- what a unit takes
@@ -217,8 +214,7 @@ def distinct(configs: Sequence[TrialConfig]) -> Iterator[tuple[str, TrialConfig]
     seen = set[str]()
     for cfg in configs:
         for stage, key in plan_stages(cfg, {}):
-            backbones = [cfg.backbone_of(net).weights for net in ("backbone", *NETS.values())]
-            identity = content_key([key, cfg.data.model_dump(mode="json"), backbones])
+            identity = content_key([key, cfg.data.model_dump(mode="json"), weights_of(cfg)])
             if identity not in seen:
                 seen.add(identity)
                 yield stage, cfg

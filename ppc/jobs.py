@@ -28,7 +28,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 
-from ppc.checks import check_trial, nets_of, section_of
+from ppc.checks import check_trial, weights_of
 from ppc.loading import load_study, of_trial
 from ppc.pack import JOB_ENV, STOP_WAIT_S, LaunchOptions, experiment_files, is_absolute, job_env, packed, shared_storage
 from ppc.published import check_published
@@ -75,7 +75,7 @@ def submit(file: Path, address: str, *, storage: str, options: LaunchOptions | N
     check_published(study, overrides=trial_sets)
     for spec in expand(study, overrides=trial_sets, twin=options.twin, check=check_trial):
         cfg = spec.config
-        weights = {f"{section_of(cfg, net)}.weights": cfg.backbone_of(net).weights for net in nets_of(cfg)}
+        weights = {f"{section}.weights": file for section, file in weights_of(cfg).items()}
         for name, path in {"data.root": cfg.data.root, **weights}.items():
             if path is not None and not is_absolute(path):
                 raise ValueError(
@@ -170,7 +170,10 @@ def stop(job_id: str, address: str, *, wait_s: float = STOP_WAIT_S + 15) -> Job:
     deadline = time.monotonic() + wait_s
     while not job.ended:
         if time.monotonic() > deadline:
-            raise ValueError(f"{job_id} was told to stop but is {job.status} after {wait_s:g} s: ppc logs {job_id}")
+            raise ValueError(
+                f"{job_id} was told to stop but is {job.status} after {wait_s:g} s: ppc logs {job_id} "
+                f"--address {address}"
+            )
         time.sleep(0.5)
         job = server.job(job_id)
     return job
@@ -311,8 +314,8 @@ def _launch(address: str, study: str, storage: str, words: list[str], folder: Pa
         for job in jobs:
             if not job.ended and job.storage == storage:
                 raise ValueError(
-                    f"study {study} is being run by {job.id}; follow it: ppc logs {job.id} -f, or end it: "
-                    f"ppc study stop {study}"
+                    f"study {study} is being run by {job.id}; follow it: ppc logs {job.id} -f --address {address}, "
+                    f"or end it: ppc study stop {study} --address {address}"
                 )
         used = [int(tail) for job in jobs if (tail := job.id.rpartition("-")[2]).isdigit()]
         job_id = f"ppc-{study}-{1 + max(used, default=0)}"

@@ -30,6 +30,7 @@ from ppc.mlflow_views import links
 from ppc.notify import check_url, notifying
 from ppc.places import StoragePath, is_remote
 from ppc.processes import this_process
+from ppc.redact import AS_IT_IS
 from ppc.report import build_report, live_note, print_report, write_report
 from ppc.stopping import must_run, no_effect
 from ppc.study_config import EarlyStopping
@@ -38,7 +39,6 @@ from ppc.tracking import make_tracker
 
 SETTLE_S = 20.0
 FAULT_FLUSH_S = 5.0  # for a tracker whose files are on a storage that takes nothing
-AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}  # console.print of a line
 
 
 @dataclass(frozen=True)
@@ -65,16 +65,16 @@ def launch_lock(folder: StudyDir) -> Iterator[None]:
             timeout_s = STALE_S + 5.0 if is_remote(folder.path) else 1.0
             stack.enter_context(locked(folder.launch_lock, timeout_s=timeout_s))
         except LockedError as error:
-            raise _held(folder.name, read_json(holder) or {}) from error
+            raise _held(folder, read_json(holder) or {}) from error
         write_json(holder, {**this_process(), "since_ms": now_ms()})
         yield
 
 
-def _held(name: str, who: dict[str, Any]) -> ValueError:
+def _held(folder: StudyDir, who: dict[str, Any]) -> ValueError:
     since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(who.get("since_ms", 0) / 1000))
     return ValueError(
-        f"study {name} is being run by pid {who.get('pid', '?')} on {who.get('host', '?')} since {since}; "
-        f"watch it with: ppc study status {name} --watch"
+        f"study {folder.name} is being run by pid {who.get('pid', '?')} on {who.get('host', '?')} since {since}; "
+        f"watch it with: ppc study status {folder.name} --watch --storage {folder.path.parents[1]}"
     )
 
 
@@ -116,7 +116,7 @@ def run_study(
             todo = [row for row in missing(rows, must_run(rows, study["baseline"]), stopped=stopped) if row.key in keys]
         if len(taken := study.get("changes", [])) > len(saved.get("changes", [])):
             differences = taken[-1]["what"]
-        _say_plan(console, study, read_rows(storage, study), todo, differences, where)
+        _say_plan(console, study, rows, todo, differences, where)
         launch_dir = folder.new_launch()
         tracker = make_tracker(where.tracking, storage, study, launch_dir.name)
         option = where.tracking if where.ui else "none"
@@ -141,7 +141,7 @@ def run_study(
     rows = read_rows(storage, study)
     _say_end(console, storage, study, rows, loop, files, where)
     if fault is not None:
-        console.print(f"storage: {fault}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"storage: {fault}", **AS_IT_IS)
     return 0 if fault is None and all(row.state in (FINISHED, STOPPED) for row in rows) else 1
 
 
@@ -279,13 +279,11 @@ def _say_plan(
 ) -> None:
     if differences:
         text = "\n  ".join(["changed since the study was saved:", *differences])
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, **AS_IT_IS)
     have = ", ".join(f"{n} {state.lower()}" for state, n in counts(rows).items())
-    console.print(
-        f"study {study['name']}: {len(rows)} trials ({have}); {len(todo)} to run", highlight=False, markup=False
-    )
+    console.print(f"study {study['name']}: {len(rows)} trials ({have}); {len(todo)} to run", **AS_IT_IS)
     if text := no_effect(study, local=where.local):
-        console.print(text, highlight=False, markup=False)
+        console.print(text, **AS_IT_IS)
 
 
 def _say_end(
@@ -300,17 +298,15 @@ def _say_end(
     for row in rows:
         if row.error:
             path = storage.trial(row.key).path / "error.json"
-            console.print(f"traceback of {row.label}: {path}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"traceback of {row.label}: {path}", **AS_IT_IS)
     flag = f" --storage {storage.root}"
     if any(row.state not in (FINISHED, STOPPED) for row in rows):
-        console.print(
-            f"run what is missing: {command()} study resume {study['name']}{flag}", highlight=False, markup=False
-        )
+        console.print(f"run what is missing: {command()} study resume {study['name']}{flag}", **AS_IT_IS)
     if loop.problem:
-        console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", highlight=False, markup=False)
+        console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", **AS_IT_IS)
     for path in files:
         if path.suffix in (".md", ".html"):
-            console.print(f"report: {path}", highlight=False, markup=False, soft_wrap=True)
+            console.print(f"report: {path}", **AS_IT_IS)
     uri = tracking_uri(where.tracking, storage)
     if uri != "none" and is_server(uri) and not loop.problem:
         for name, link in links(uri, storage, study["name"], uri).items():

@@ -124,7 +124,8 @@ class Notifier:
         if rows and not self._error and all(row.state in (FINISHED, STOPPED) for row in rows):
             return FINISHED, "ended"
         state = FAILED if self._error or any(row.state == FAILED for row in rows) else INTERRUPTED
-        return state, f"ended{self._error}; run what is missing: ppc study resume {self._study['name']}"
+        resume = f"ppc study resume {self._study['name']} --storage {self._storage.root}"
+        return state, f"ended{self._error}; run what is missing: {resume}"
 
     def _send(self, rows: Sequence[TrialRow], state: str, first: str) -> None:
         try:

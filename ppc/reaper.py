@@ -57,9 +57,8 @@ def sync_studies(
     problems = []
     for name in names:
         folder = storage.study(name)
-        study = folder.definition()
-        running = folder.being_run()
         try:
+            study, running = folder.definition(), folder.being_run()
             tracker = make_tracker(option, storage, study, None)
             rows = read_rows(storage, study)
             tracker.sync(rows, final=not running, note=live_note(storage, study)(rows))
@@ -68,7 +67,7 @@ def sync_studies(
                 drawn = [report / picture for picture in names_in(report) if picture.endswith(".png")]
                 tracker.attach([*write_report(report_of(storage, study, rows), report, storage), *drawn])
             tracker.close()
-        except TrackingError as error:
+        except (TrackingError, ValueError, OSError) as error:
             problems.append(without_secrets(f"{name}: {error}"))
             continue
         say(f"{name} is in the tracker" + (", so far: it is being run, and its launch sends the rest" * running))

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from typing import Any
 from urllib.parse import quote, urlsplit, urlunsplit
 
 # Names of environment variables that hold secrets, such as MLFLOW_TRACKING_PASSWORD and AWS_SECRET_ACCESS_KEY;
 # PPC_NOTIFY is the address of a webhook, which whoever knows it can write to.
 SECRET = re.compile(r"PASSWORD|PASSWD|SECRET|TOKEN|ACCESS_KEY|CREDENTIAL|PPC_NOTIFY", re.IGNORECASE)
 HIDDEN = "***"
+# For `console.print` of a line with names and paths in it: no colours, brackets are no tags, and it can be copied.
+AS_IT_IS: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}
 SHORTEST = 4  # characters: shorter values are words such as `1`, and replacing them would garble texts
 _LOGIN = re.compile(r"(?<=://)[^\s/?#'\"<>]+@")
 # As database drivers take them; odbc_connect is a whole connection string, password included.

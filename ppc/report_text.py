@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ppc.published import csv_cells, csv_columns, csv_rows, metric_split, others_table
+from ppc.redact import AS_IT_IS
 from ppc.report_table import Report, align, cells, columns, remarks, source_lines
 
 
@@ -69,7 +70,7 @@ def as_csv(report: Report) -> str:
 def print_report(report: Report, console: Console) -> None:
     """Print the report: a table on a terminal, plain lines elsewhere (nothing is cut to a width)."""
     for name, text in report.header:
-        console.print(f"{name}: {text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{name}: {text}", **AS_IT_IS)
     table_cells = [cells(line, report) for line in report.lines]
     if console.is_terminal:
         table = Table(title=Text(f"study {report.study}"), title_justify="left")
@@ -84,10 +85,10 @@ def print_report(report: Report, console: Console) -> None:
         for line, row in zip(report.lines, table_cells, strict=True):
             row[columns(report).index(report.metric)] += " *" if line.best else ""
         for text in align([columns(report), *table_cells]):
-            console.print(text, highlight=False, markup=False, soft_wrap=True)
-        console.print("* the best mean, in its column", highlight=False, markup=False)
+            console.print(text, **AS_IT_IS)
+        console.print("* the best mean, in its column", **AS_IT_IS)
     others = others_table(report.other_methods, report.published)
     for text in [*(align(others) if others else []), *source_lines(report), *remarks(report)]:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        console.print(text, **AS_IT_IS)
     for label, text in report.errors:
-        console.print(f"{label}: {text}", highlight=False, markup=False, soft_wrap=True)
+        console.print(f"{label}: {text}", **AS_IT_IS)

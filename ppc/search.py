@@ -16,7 +16,7 @@ from typing import Any
 
 from ppc.artifacts import content_key
 from ppc.axes import is_whole
-from ppc.checks import check_trial
+from ppc.checks import check_trial, weights_of
 from ppc.config import TrialConfig
 from ppc.ledger import FAILED, FINISHED, TrialRow
 from ppc.schema import Raw
@@ -147,7 +147,7 @@ def propose(search: Search, told: Sequence[Told], round_number: int) -> list[Cha
         import optuna
         from optuna.trial import TrialState, create_trial
     except ImportError as error:
-        raise ImportError("a design of kind search needs Optuna: pip install 'ppc[search]'") from error
+        raise ImportError("a design of kind search needs Optuna: pip install -e '.[search]'") from error
 
     design, settings = search.study.design, search.study.design.search
     assert settings is not None
@@ -190,7 +190,7 @@ def _identity(search: Search, changes: Changes) -> str | None:
     if not specs:
         return None
     config = specs[0].config.model_copy(update={"seed": 0})
-    return content_key([plan_stages(config, {}), config.data.model_dump(mode="json"), config.backbone.weights])
+    return content_key([plan_stages(config, {}), config.data.model_dump(mode="json"), weights_of(config)])
 
 
 def _values_of(search: Search) -> Changes:
