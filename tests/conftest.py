@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import uuid
 from collections.abc import Iterator
@@ -9,9 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from ppc.places import StoragePath, storage_path
 
+OF_TESTS = ("PPC_SHARED", "PPC_SCREENSHOTS", "PPC_SOAK")  # what the tests themselves are told by
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -19,6 +22,24 @@ def pytest_configure(config: pytest.Config) -> None:
     """A shell starts what it puts in the background with SIGINT ignored, and so may whoever runs these tests: then no
     test, and no process that one starts, could be interrupted."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def nothing_of_the_users() -> Iterator[None]:
+    """What users export to work with the project, servers and webhooks among it, is nothing to its tests."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in list(os.environ):
+            if name.startswith(("PPC_", "MLFLOW_", "RAY_ADDRESS")) and name not in OF_TESTS:
+                patch.delenv(name)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def threads_are_as_before() -> Iterator[None]:
+    """A trial in this process sets torch's threads to its own CPUs."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -222,6 +222,6 @@ def test_skip_has_the_numbers_of_a_folder_without_the_broken_images_whatever_the
     assert [step for step, _ in points] == [step for step, _ in wanted[0]]
     for (_, mine), (_, theirs) in zip(points, wanted[0], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-6)
-    assert metrics == pytest.approx(wanted[1], abs=0.01)
+    assert metrics == pytest.approx(wanted[1], abs=1e-3)  # a pixel or two at the score's edge
     with pytest.raises(ValueError, match="train.batch_size: 8 is more than the 6 images of train"):
         small(broken, Storage(tmp_path / "4"), {**skip, "train.batch_size": 8})

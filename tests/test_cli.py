@@ -160,6 +160,9 @@ def test_the_doctor_knows_what_the_project_needs() -> None:
 def test_schema_and_doctor(tmp_path: Path, ppc) -> None:  # noqa: ANN001
     code, out, _ = ppc("schema")
     assert code == 0 and "design" in json.loads(out)["properties"]
+    code, out, _ = ppc("schema", "--of", "trial")
+    assert code == 0 and "backbone" in json.loads(out)["properties"] and "design" not in json.loads(out)["properties"]
+    assert ppc("schema", "--of", "trail")[0] == 2
     code, out, _ = ppc("doctor", "--storage", tmp_path)
     assert code == 0 and "torch" in out and str(tmp_path) in out.replace("\n", "")
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from conftest import golden
 
-from ppc.crf import LABEL_GT_PROB, PRESETS, crf_labels, crf_soft, refine_seed
+from ppc.crf import LABEL_GT_PROB, PRESETS, CrfParams, crf_labels, crf_soft, refine_seed
 
 CRFS = ["crf_60x80", "crf_71x53"]
 
@@ -147,3 +147,16 @@ def test_a_missing_library_names_the_remedy(monkeypatch):
     monkeypatch.setitem(sys.modules, "pydensecrf", None)
     with pytest.raises(ImportError, match="pip install pydensecrf2"):
         crf_soft(np.zeros((4, 5, 3), np.uint8), np.ones((2, 4, 5)), params=PRESETS["psa_soft"])
+
+
+def test_presets_are_the_table_of_method_9() -> None:
+    assert PRESETS == {
+        "psa_soft": CrfParams("soft", "present", 3, 3, 80, 13, 10, 10),
+        "eps_soft": CrfParams("soft", "present", 3, 3, 80, 13, 10, 5),
+        "ppc_seed": CrfParams("labels", "all", 3, 3, 50, 5, 10, 10),
+        "ppc_aff": CrfParams("labels", "all", 3, 3, 80, 13, 10, 10, "yx"),
+        "irn_label": CrfParams("labels", "present", 3, 3, 50, 5, 10, 10),
+        "seam_aff": CrfParams("soft", "all", 3, 3, 80, 13, 10, 1),
+        "deeplab_test": CrfParams("soft", "all", 3, 3, 32, 13, 10, 1),
+        "deeplab_v2": CrfParams("soft", "all", 1, 3, 67, 3, 4, 10),
+    }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -120,11 +119,8 @@ def test_contrast_on_eps_is_the_official_one(name: str) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+def one_thread() -> None:
     prepare_process(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("method", ["eps", "eps_seam"])

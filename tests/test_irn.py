@@ -118,7 +118,7 @@ def slow_walk(cam: np.ndarray, edge: np.ndarray, radius: int, beta: float, steps
 
 
 def test_masks_are_those_of_a_dense_walk(storage: Storage, scenes: Path) -> None:
-    cfg = config(scenes)
+    cfg = config(scenes, {"irn.walk.radius": 4, "irn.walk.beta": 7, "irn.walk.bg_score": 0.6})
     _, folders = run(storage, cfg)
     net, normalisation = load_irn_net(cfg.model_dump_json(), folders["train_irn"] / "weights.pt", CPU)
     data = layout(scenes)
@@ -128,10 +128,10 @@ def test_masks_are_those_of_a_dense_walk(storage: Storage, scenes: Path) -> None
         grid = torch.nn.functional.interpolate(
             torch.from_numpy(cam)[None].double(), edge.shape, mode="bilinear", align_corners=False
         )[0]
-        walked = torch.from_numpy(slow_walk(grid.numpy(), edge.numpy(), radius=5, beta=10, steps=16))
+        walked = torch.from_numpy(slow_walk(grid.numpy(), edge.numpy(), radius=4, beta=7, steps=16))
         full = torch.nn.functional.interpolate(walked[None], scale_factor=4, mode="bilinear", align_corners=False)[0]
         full = full[:, : cam.shape[1], : cam.shape[2]]
-        wanted = seed_from_cam((full / full.max()).numpy(), keys, bg_score=0.25)
+        wanted = seed_from_cam((full / full.max()).numpy(), keys, bg_score=0.6)
         mask = read_palette_png(folders["refine_irn"] / "masks" / f"{image_id}.png")
         assert (mask != wanted).mean() < 1e-3, "but for ties"
         assert len(np.unique(mask)) > 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -66,10 +67,19 @@ def test_running_needs_a_fresh_heartbeat_and_a_living_process(tmp_path: Path, de
         ({"pid": dead_pid, "host": "elsewhere"}, "RUNNING"),  # of another machine only the heartbeat is known
         ({"pid": dead_pid, "pid_space": "pid:[1]"}, "RUNNING"),  # nor of another container of this host
         ({"heartbeat_ms": stale, "host": "elsewhere"}, "INTERRUPTED"),
-        ({"pid": 1}, "RUNNING"),  # somebody else's process, which may not be signalled, is a process all the same
     ]
     for changes, wanted in cases:
         assert row_of(tmp_path, state("RUNNING", **changes)).state == wanted, changes
+
+
+def test_somebody_elses_process_that_may_not_be_signalled_is_a_process_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(pid: int, signal: int) -> None:
+        raise PermissionError(pid)
+
+    monkeypatch.setattr(os, "kill", refused)
+    assert row_of(tmp_path, state("RUNNING", pid=1)).state == "RUNNING"
 
 
 def test_a_state_without_heartbeat_is_not_alive() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +42,8 @@ PARTS = ("backbone", "fc8", "fc_proj", "f8_3", "f8_4", "f9")
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+def one_thread() -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(method: str, changes: dict[str, Any] | None = None) -> TrialConfig:
@@ -185,6 +182,47 @@ def test_after_the_net_bf16_is_float32(method: str) -> None:
         lambda x: contrast_terms_of(x, cfg.contrast, 0, 0, ALONE, 1),
     ):
         assert terms(half) == terms(full)
+
+
+HALF: dict[str, Any] = {"contrast.negatives": "random_half"}
+MOVES = [
+    ("seam", {}, "contrast.temperature", 0.2),
+    ("seam", {}, "contrast.tie_rule", "random"),
+    ("seam", {}, "contrast.prototype_features", "unit"),
+    ("seam", {}, "contrast.hard_pool", 0.3),
+    ("seam", {}, "contrast.bg_score", 0.45),
+    ("seam", {}, "contrast.negative_rank_from", 0.0),
+    ("seam", {}, "contrast.negative_rank_to", 1.0),
+    ("seam", HALF, "contrast.negative_pool", 0.3),
+    ("seam", HALF, "contrast.negative_sample", 1.0),
+    ("eps", OFF, "method.saliency_fg_weight", 0.9),
+    ("eps", OFF, "method.saliency_overlap", 1.0),
+    ("eps_seam", OFF, "method.ecr_keeps", "background"),
+]
+
+
+@pytest.mark.parametrize(("method", "base", "field", "value"), MOVES, ids=[move[2] for move in MOVES])
+def test_a_field_of_the_loss_moves_it(method: str, base: dict[str, Any], field: str, value: Any) -> None:
+    num_fg = 2 if field == "method.saliency_overlap" else 3  # of three classes none has half of a pixel here
+    one, two = (step(config(method, changes), num_fg, double=True)[0] for changes in (base, {**base, field: value}))
+    assert one != two
+
+
+def test_the_saliency_of_the_target_view_is_moved_as_the_view_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, batch, seen = config("eps_seam", OFF), formula_batch(), list[Step]()
+    method = METHODS["eps_seam"]
+
+    def terms(made: Step, own: Any) -> Any:
+        seen.append(made)
+        return method.terms(made, own)
+
+    monkeypatch.setitem(METHODS, "eps_seam", dataclasses.replace(method, terms=terms))
+    step(cfg)
+    (made,) = seen
+    assert made.saliency is not None and made.saliency[1] is not None
+    _, warp = target_view(batch["image_N3HW"], batch["sample_seed_N"].tolist(), cfg.views)
+    torch.testing.assert_close(made.saliency[1], warp.apply(resize(batch["saliency_N1HW"], (32, 32))))
+    assert (made.saliency[1] - resize(batch["saliency_N1HW"], (32, 32))).abs().max() > 0.1
 
 
 # -- where gradients go

@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import GOLDEN, golden
+from tiny_run import tiny_config
 from torch import nn
 
 from ppc.backbones import build_backbone
+from ppc.methods import build_net
 from ppc.nets import CamNet
 from ppc.optim import GROUPS, effective_momentum, make_sgd, param_groups, poly_lr, set_lr
+from ppc.stages.training import optimizer_of
 
 OFFICIAL: dict[str, Any] = {"weight_decay": 5e-4, "new_layer_lr_mult": 10.0, "bias_lr_mult": 2.0}
 
@@ -111,3 +114,16 @@ def test_learning_rates_survive_a_checkpoint() -> None:
     second.load_state_dict(first.state_dict())
     set_lr(second, 0.25)
     assert [group["lr"] for group in second.param_groups] == pytest.approx([0.0025, 0.005, 0.025, 0.05])
+
+
+def test_each_field_of_a_config_has_its_place_in_the_optimiser() -> None:
+    cfg = tiny_config(
+        {"train.weight_decay": 0.003, "train.new_layer_lr_mult": 7, "train.bias_lr_mult": 3, "train.momentum": 0.8}
+    )
+    groups = optimizer_of(build_net(cfg, 3, pretrained=False), cfg.train).param_groups
+    assert {g["name"]: (g["lr_mult"], g["weight_decay"], g["momentum"]) for g in groups} == {
+        "backbone_weight": (1, 0.003, 0.8),
+        "backbone_bias": (3, 0, 0.8),
+        "new_weight": (7, 0.003, 0.8),
+        "new_bias": (21, 0, 0.8),
+    }

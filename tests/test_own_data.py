@@ -25,7 +25,6 @@ from ppc.ledger import FAILED
 from ppc.planning import Planner, TrialPlan
 from ppc.run_record import image_name
 from ppc.runtime import LocalRuntime
-from ppc.stages import STAGES
 from ppc.trial import run_trial
 
 GUIDE = Path(__file__).parent.parent / "CONTRIBUTING.md"
@@ -93,8 +92,6 @@ LATER = {
 def test_the_nets_after_the_cam_with_80_classes(product: str, shared: tuple[Path, Storage]) -> None:
     root, storage = shared
     stages, changes = LATER[product]
-    if not set(stages) <= set(STAGES):
-        pytest.skip(f"no stages {', '.join(stages)} here")
     section = next(iter(changes)).partition(".")[0]
     changes = {**changes, f"{section}.train.epochs": 1, f"{section}.train.batch_size": 4}
     all_stages = ["train_cam", "make_seeds", *stages, "evaluate"]
@@ -236,4 +233,4 @@ def test_the_example_of_the_guide_runs_a_trial(tmp_path: Path, monkeypatch: pyte
     assert len(fingerprint(data, ["train"], with_masks=True, with_saliency=False)) == 64
     storage = Storage(tmp_path / "storage")
     plan = planned(storage, root, "voc", **{"train.batch_size": 3, "method.name": "cam", "contrast.prototype_top_k": 0})
-    assert run(storage, plan)["counts"] == {"train": 3} and set(dict(plan.stages)) <= set(STAGES)
+    assert run(storage, plan)["counts"] == {"train": 3}

@@ -55,11 +55,8 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
+def one_thread() -> None:
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def run_plan(storage: Storage, plan: TrialPlan) -> dict[str, Any]:
@@ -385,6 +382,24 @@ def test_presets_fill_nested_fields_that_are_not_given(name: str) -> None:
     assert given.walk.beta == 2 and given.train.epochs == 8
     assert PsaConfig.model_validate(given.model_dump(mode="json")) == given
     assert PsaConfig() == PsaConfig(preset="ppc")
+
+
+def test_presets_are_those_of_the_official_codes() -> None:
+    """METHOD 8; `crf`: METHOD 9."""
+    found = {}
+    for name in PSA_PRESETS:
+        own = PsaConfig.model_validate({"preset": name})
+        labels, walk = own.labels, own.walk
+        background = walk.bg_power if walk.background == "power" else -walk.bg_score
+        found[name] = (
+            labels.bg_power_low, labels.bg_power_high, labels.crf, background, walk.log2_steps, walk.fit_radius,
+            walk.beta, own.train.learning_rate,
+        )  # fmt: skip
+    assert found == {
+        "psa": (4, 32, "psa_soft", 16, 8, False, 8, 0.1),
+        "seam": (4, 24, "psa_soft", 6, 6, True, 8, 0.01),
+        "ppc": (4, 24, "ppc_aff", -0.27, 6, True, 8, 0.01),
+    }
 
 
 def test_what_a_choice_leaves_unread_and_the_preset_decide_nothing() -> None:

@@ -174,13 +174,17 @@ def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
         deadline = time.monotonic() + 60
         while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGINT)
+        if not over.is_set():
+            os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=interrupt)
+    over, thread = threading.Event(), threading.Thread(target=interrupt)
     thread.start()
-    with pytest.raises(KeyboardInterrupt):
-        LocalRuntime().train(hang, tmp_path, RuntimeConfig(workers=2))
-    thread.join()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            LocalRuntime().train(hang, tmp_path, RuntimeConfig(workers=2))
+    finally:
+        over.set()
+        thread.join()
     pids = [int(path.name) for path in tmp_path.iterdir()]
     assert len(pids) == 2
     for pid in pids:

@@ -64,6 +64,29 @@ def test_shares_of_workers_add_up(name: str) -> None:
     torch.testing.assert_close(torch.stack(parts).sum(), loss_of(g, cam), rtol=1e-12, atol=0)
 
 
+def test_cells_that_are_not_valid_have_no_say() -> None:
+    gen = torch.Generator().manual_seed(0)
+    cam = torch.randn(2, 4, 6, 7, generator=gen, dtype=torch.float64) * 3
+    saliency = torch.rand(2, 1, 6, 7, generator=gen, dtype=torch.float64)
+    valid = torch.rand(2, 6, 7, generator=gen) < 0.6
+    label = torch.tensor([[1.0, 0, 1], [0, 1, 1]])
+
+    def loss(cam: torch.Tensor, saliency: torch.Tensor, valid: torch.Tensor | None) -> torch.Tensor:
+        return saliency_loss(
+            cam, saliency, label, overlap_from=0.4, fg_weight=0.5, bg_channel=-1, num_images_global=2, valid_Nhw=valid
+        )
+
+    out = ~valid[:, None]
+    wanted = loss(cam, saliency, valid)
+    torch.testing.assert_close(
+        loss(cam.masked_fill(out, 9.0), saliency.masked_fill(out, 1.0), valid), wanted, rtol=1e-12, atol=0
+    )
+    assert wanted != loss(cam, saliency, None)
+    torch.testing.assert_close(
+        loss(cam, saliency, torch.ones_like(valid)), loss(cam, saliency, None), rtol=1e-12, atol=0
+    )
+
+
 def test_the_background_may_be_any_channel() -> None:
     g = golden(GOLDENS[0])
     cam = torch.from_numpy(g["cam"]).double()

@@ -576,9 +576,9 @@ def test_a_launch_that_could_not_be_shown_as_running_is_tried_again(
 def test_a_run_whose_creation_was_not_answered_is_found_again(fake: FakeStudy, monkeypatch: pytest.MonkeyPatch) -> None:
     fake.start(0)
     tracker = MlflowTracker(default_uri(fake.storage), fake.storage, fake.study, "001")
-    monkeypatch.setattr(MlflowTracker, "_save", lambda self: None)
-    tracker.sync(fake.rows)  # created, and then the process died
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowTracker, "_save", lambda self: None)
+        tracker.sync(fake.rows)  # created, and then the process died
     fake.start(1)
     tracker_of(fake).sync(fake.rows)
     assert len(runs_of(fake)) == 2
