@@ -39,7 +39,8 @@ from ppc.twins import name_of
 ON_HEAD = {"node:__internal_head__": 0.001}
 DONE = ("SUCCEEDED", "FAILED", "STOPPED")
 ANSWER = "ppc-answer"  # the line after which the log of a question is its answer
-MAX_BROKEN = 5  # connections in a row that break while a log is followed
+MAX_BROKEN = 5  # connections in a row that break, with nothing new, while a log is followed
+PAUSE_S = 1.0  # before a broken connection is made again
 
 
 @dataclass(frozen=True)
@@ -258,8 +259,9 @@ class _Server:
                 seen = 0
                 for text in _tail(lambda: self._client.tail_job_logs(job_id)):
                     new, seen = text[max(0, sent - seen) :], seen + len(text)
-                    sent, broken = max(sent, seen), 0
+                    sent = max(sent, seen)
                     if new:
+                        broken = 0
                         yield new
                 if self.job(job_id).ended:  # else the connection ended, and not the job
                     yield str(self.call("get_job_logs", job_id))[sent:]
@@ -268,7 +270,7 @@ class _Server:
                 broken += 1
                 if broken > MAX_BROKEN:
                     raise ValueError(f"the log of {job_id} cannot be followed: {error}") from error
-            time.sleep(1)
+            time.sleep(PAUSE_S)
 
 
 def _check_answers(address: str) -> None:

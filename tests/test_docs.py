@@ -81,6 +81,23 @@ def test_commands_in_sentences_are_there_too() -> None:
         check_line(span, bare=True)
 
 
+ELSEWHERE = ("README.md", "CONTRIBUTING.md", "cluster/README.md")
+SHORT = re.compile(r"\.\.\.|tableN|\bN\.yaml")  # words of a sentence that stand for others
+
+
+@pytest.mark.parametrize("file", ELSEWHERE)
+def test_commands_of_the_other_documents_are_there(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PPC_ADDRESS", "http://head:8265")  # as they tell users to
+    text = (ROOT / file).read_text(encoding="utf-8")
+    lines = [line for kind, block in BLOCK.findall(text) if kind in ("bash", "text") for line in block.splitlines()]
+    spans = [span for span in SPAN.findall(BLOCK.sub("", text)) if not SHORT.search(span)]
+    found = [(line.strip(), False) for line in lines] + [(span, True) for span in spans]
+    found = [(line, bare) for line, bare in found if line.startswith(("ppc ", "make "))]
+    assert found
+    for line, bare in found:
+        check_line(line, bare=bare)
+
+
 def test_an_option_that_is_not_there_is_found() -> None:
     check_line("ppc study status NAME --watch  # for long")
     for line, text in (("ppc study status NAME --watches", "--watches"), ("ppc study look NAME", "look")):

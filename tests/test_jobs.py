@@ -13,17 +13,21 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import NamedTuple
 
+import aiohttp
 import psutil
 import pytest
+from ray.job_submission import JobDetails
+from typer.testing import CliRunner
 
 from ppc import jobs
 from ppc.artifacts import Storage, read_journal
+from ppc.cli import app
 from ppc.jobs import ask, find_jobs, logs, resubmit, status, stop, submit
 from ppc.ledger import FINISHED, KILLED, read_rows
 from ppc.pack import LaunchOptions, experiment_files, job_env, packed
@@ -43,6 +47,54 @@ def experiment(folder: Path, *, axes: str = "contrast.prototype_top_k: [4]", epo
         f"design: {{kind: grid, axes: {{{axes}}}}}\ntrial_seeds: [0]\ntiny: {{train.epochs: {epochs}}}\n"
     )
     return file
+
+
+# -- following a log
+
+
+class Unsteady:
+    """Ray's client of a job that prints `abcd`, over a connection that breaks after `ab`."""
+
+    def __init__(self, breaks: int, ends: str) -> None:
+        self.breaks, self.ends, self.opened = breaks, ends, 0
+
+    async def tail_job_logs(self, job_id: str) -> AsyncIterator[str]:
+        self.opened += 1
+        yield "ab"
+        if self.opened <= self.breaks:
+            raise aiohttp.ClientConnectionError("gone")
+        yield "c"
+
+    def get_job_info(self, job_id: str) -> JobDetails:
+        told = {"status": self.ends, "message": "why\nmore"}
+        return JobDetails(type="SUBMISSION", entrypoint="x", submission_id=job_id, **told)
+
+    def get_job_logs(self, job_id: str) -> str:
+        return "abcd"
+
+
+def server_of(client: Unsteady, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jobs, "_check_answers", lambda address: None)
+    monkeypatch.setattr(jobs, "JobSubmissionClient", lambda address: client)
+    monkeypatch.setattr(jobs, "PAUSE_S", 0.0)
+
+
+@pytest.mark.parametrize(("ends", "code"), [("SUCCEEDED", 0), ("FAILED", 1), ("STOPPED", 1)])
+def test_a_log_goes_on_after_a_broken_connection_and_the_exit_code_is_the_jobs(
+    ends: str, code: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = Unsteady(2, ends)
+    server_of(client, monkeypatch)
+    ran = CliRunner().invoke(app, ["logs", "ppc-k-1", "-f", "--address", "http://head:8265"])
+    assert (ran.exit_code, ran.stdout, client.opened) == (code, "abcd", 3)
+    assert ran.stderr == ("" if code == 0 else f"ppc-k-1: {ends} why\n")
+
+
+def test_a_connection_that_breaks_for_good_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    server_of(client := Unsteady(10**6, "RUNNING"), monkeypatch)
+    with pytest.raises(ValueError, match="the log of ppc-k-1 cannot be followed: gone"):
+        list(logs("ppc-k-1", "http://head:8265", follow=True))
+    assert client.opened == jobs.MAX_BROKEN + 1
 
 
 # -- the package

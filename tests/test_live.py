@@ -18,7 +18,7 @@ from ppc.artifacts import now_ms, write_json
 from ppc.cli import app
 from ppc.costs import gpu_hours
 from ppc.launch import launch_lock
-from ppc.live import watch
+from ppc.live import time_left_s, watch
 from ppc.status import headline, status_lines, status_table
 
 
@@ -54,6 +54,25 @@ def test_nothing_is_foretold_from_nothing_and_a_cpu_study_has_no_gpu_hours(tmp_p
     for index in range(4):
         study.finish(index, 0.4)
     assert gpu_hours(study.storage, study.rows) == (0.0, 0.0)
+
+
+def test_time_left_is_of_what_runs_and_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = now_ms()
+    monkeypatch.setattr(ppc.live, "now_ms", lambda: now)
+    study = FakeStudy(tmp_path)
+    assert time_left_s(study.rows) is None, "nothing runs"
+    study.start(1)
+    study.storage.trial(study.entry(1)["key"]).write_state(started_ms=now - 40_000)
+    assert time_left_s(study.rows) is None, "nothing is known of what runs"
+    stage = study.storage.stage("train_cam", study.entry(1)["stages"][0]["key"])
+    write_json(stage / "progress.json", {"done": 3, "total": 12, "unit": "step", "left_s": 10.0})
+    assert time_left_s(study.rows) == pytest.approx(10 + 3 * 50), "40 s so far and 10 to come; three wait"
+    study.finish(0, 0.4, wall_s=100.0)
+    wall_s = study.rows[0].result["wall_s"]
+    assert time_left_s(study.rows) == pytest.approx((wall_s - 40) + 2 * wall_s), "as long as the finished one; two wait"
+    study.start(2)
+    study.storage.trial(study.entry(2)["key"]).write_state(started_ms=now - 40_000)
+    assert time_left_s(study.rows) == pytest.approx((2 * (wall_s - 40) + wall_s) / 2), "two at a time, one waits"
 
 
 def test_losses_stage_epoch_and_error_are_in_the_lines(fake: FakeStudy) -> None:
