@@ -64,7 +64,7 @@ def ours(case: Case) -> Tensor:
     outs = [CamOutput(map_, map_, feature) for map_, feature in zip(case.map_VNCHW, case.feature_VNDHW, strict=True)]
     size, num_images = tuple(outs[0].cam.shape[2:]), len(case.label_NK)
     step = Step(outs[0], outs[1], size, size, Warp(None, None), case.label_NK, num_images)
-    terms = contrast_terms_of(step, case.cfg, 0, 0, ALONE, 1)
+    terms = contrast_terms_of(step, case.cfg, 0, 0, ALONE)
     return torch.stack([w * terms[name] for w, name in zip(weights(case.cfg), CONTRAST_TERMS, strict=True)]).sum()
 
 

@@ -48,15 +48,6 @@ def content_key(value: Any) -> str:
     return sha256(text.encode()).hexdigest()[:KEY_LENGTH]
 
 
-def file_sha256(path: Path) -> str:
-    """sha256 of a file's contents; FileNotFoundError says which file."""
-    digest = sha256()
-    with path.open("rb") as handle:
-        while block := handle.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_json(path: StoragePath, value: Any, *, durable: bool = True) -> None:
     """Write plain data atomically; NaN and infinity are refused (ValueError)."""
     text = json.dumps(value, indent=1, allow_nan=False)

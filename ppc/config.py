@@ -289,7 +289,7 @@ class TrialConfig(Section):
         if "." in section:
             net, later = section.split(".")
             chosen: Section = getattr(getattr(self, net), later)
-            return chosen.model_dump(mode="json", exclude=self._unread(section) | chosen.unread())
+            return chosen.model_dump(mode="json", exclude=chosen.unread())
         if section == "contrast" and not self.contrast.active:
             return {"active": False}
         if section == "views" and not self.contrast.active and self.method.name in ONE_VIEW:

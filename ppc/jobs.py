@@ -54,7 +54,6 @@ class Job:
     message: str
     exit_code: int | None
     started_ms: int | None
-    ended_ms: int | None
 
     @property
     def ended(self) -> bool:
@@ -340,7 +339,6 @@ def _job(details: Any) -> Job:
         message=str(details.message or ""),
         exit_code=details.driver_exit_code,
         started_ms=details.start_time,
-        ended_ms=details.end_time or None,
     )
 
 

@@ -279,7 +279,7 @@ class Losses:
             if cfg.contrast.active:
                 counts = step >= self.contrast_from
                 with nullcontext() if counts else torch.no_grad():
-                    terms |= contrast_terms_of(made, cfg.contrast, cfg.seed, step, self.workers, self.num_workers)
+                    terms |= contrast_terms_of(made, cfg.contrast, cfg.seed, step, self.workers)
                 weights |= {n: counts * getattr(cfg.contrast, f"{n}_weight") for n in CONTRAST_TERMS}
             if not any(weights.values()):
                 late = cfg.contrast.active and step < self.contrast_from
@@ -308,9 +308,7 @@ def target_view(image_N3HW: Tensor, seeds: list[int], cfg: ViewsConfig) -> tuple
     return warp.apply(resize(image_N3HW, size)), warp
 
 
-def contrast_terms_of(
-    made: Step, cfg: ContrastConfig, seed: int, step: int, workers: Workers, num_workers: int
-) -> dict[str, Tensor]:
+def contrast_terms_of(made: Step, cfg: ContrastConfig, seed: int, step: int, workers: Workers) -> dict[str, Tensor]:
     """The three contrast terms and their diagnostics, on the grid of the target view's features (METHOD 6)."""
     assert made.target is not None
     N, h, w = len(made.label_NK), made.target.cam.shape[2], made.target.cam.shape[3]

@@ -111,16 +111,8 @@ def silent_counts(cam_KHW: npt.NDArray[Any]) -> Counts:
     return np.array([int((cam_KHW <= 0).all(axis=(1, 2)).sum()), len(cam_KHW)], np.int64)
 
 
-def choose_bg_score(
-    *,
-    protocol: Literal["fixed", "best"],
-    fixed: float,
-    thresholds_T: Sequence[float],
-    miou_T: npt.ArrayLike,
-) -> float:
-    """The background score of a protocol: `fixed` as given, or the first of the `best` thresholds of a curve."""
-    if protocol == "fixed":
-        return fixed
+def choose_bg_score(thresholds_T: Sequence[float], miou_T: npt.ArrayLike) -> float:
+    """The first of the best thresholds of a curve; ValueError for a curve without a value."""
     curve_T = np.asarray(miou_T, dtype=np.float64)
     if curve_T.shape != (len(thresholds_T),) or np.isnan(curve_T).all():
         raise ValueError("no curve to choose the background score from: no image has masks; set seeds.protocol: fixed")

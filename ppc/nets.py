@@ -3,7 +3,6 @@
 N images, K fg classes, C = K+1, D projected channels, h w the feature grid, H W the image.
 """
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,6 @@ from ppc.backbones import Backbone, seeded_init
 from ppc.cam import pcm, pcm_input
 from ppc.dropout import SeededDropout2d
 from ppc.seeding import derive_seed
-from ppc.weights import LoadReport, load_state
 
 PCM_WIDTHS = (64, 128)  # channels that PCM takes from conv4 and conv5
 
@@ -91,8 +89,3 @@ def head_layer(name: str, in_ch: int, out_ch: int, seed: int) -> nn.Conv2d:
         else:
             nn.init.xavier_uniform_(layer.weight, gain=4.0 if name == "f9" else 1.0)
     return layer
-
-
-def load_official(net: CamNet, state: Mapping[str, Tensor]) -> LoadReport:
-    """Load a flat checkpoint of the official code (conv1a.weight, ..., fc8.weight) into a net over ResNet38d."""
-    return load_state(net, state, ignored=(), source="the official checkpoint", target="this CAM net")

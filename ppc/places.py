@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from importlib.util import find_spec
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -49,6 +49,12 @@ def storage_path(uri: str | Path) -> StoragePath:
 
     # Listings are not cached: other processes write here.
     return UPath(text.rstrip("/"), use_listings_cache=False)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file of this machine, in hex; FileNotFoundError says which file."""
+    with path.open("rb") as handle:
+        return file_digest(handle, "sha256").hexdigest()
 
 
 def is_remote(path: StoragePath) -> bool:

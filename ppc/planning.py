@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ppc.artifacts import Storage, content_key, file_sha256
+from ppc.artifacts import Storage, content_key
 from ppc.backbones import backbone_problem, build_backbone
 from ppc.broken import leave_out_broken
 from ppc.checks import check_data, check_trial, metrics_of, nets_of, section_of
 from ppc.config import SALIENCY, DataConfig, TrialConfig
 from ppc.data import DataError, Dataset, open_dataset
 from ppc.data.check import dark_saliency, fingerprint
+from ppc.places import file_sha256
 from ppc.runtime import remedy
 from ppc.stages import (
     WEIGHTS,

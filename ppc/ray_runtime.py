@@ -299,10 +299,10 @@ def worker_resources(cfg: RuntimeConfig) -> dict[str, float]:
 
 def room_for(one: Mapping[str, float]) -> int:
     """How many processes that take `one` each the nodes of the cluster can hold at a time, were all else to end."""
-    return sum(_fit(node["Resources"], one) for node in ray.nodes() if node["Alive"])
+    return sum(_how_many(node["Resources"], one) for node in ray.nodes() if node["Alive"])
 
 
-def _fit(node: Mapping[str, float], one: Mapping[str, float]) -> int:
+def _how_many(node: Mapping[str, float], one: Mapping[str, float]) -> int:
     """How many of these fit on a node; a share of a GPU is of one GPU."""
     counts = []
     for name, amount in one.items():

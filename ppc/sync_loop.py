@@ -67,7 +67,6 @@ class SyncLoop:
         self._deadline = 0.0
         self._files: list[StoragePath] = []
         self._thread = threading.Thread(target=self._run, name="ppc-tracking", daemon=True)
-        self.errors = 0
         self.last_error: str | None = None  # of the last try; None when it succeeded
         self.problem: str | None = None  # after the end: what the tracker has not got
 
@@ -117,7 +116,6 @@ class SyncLoop:
         try:
             send()
         except Exception as error:  # the study goes on, whatever a tracker raises
-            self.errors += 1
             text = without_secrets(f"{type(error).__name__}: {error}".splitlines()[0])
             silent = self._ending.is_set() or storage_error(error) is not None  # trials say what storage does not do
             if self.last_error is None and not silent:

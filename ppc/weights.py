@@ -1,6 +1,5 @@
 """Weight files: a pure-Python reader of MXNet `.params`, torch state dicts, and a strict, talkative match by name."""
 
-import hashlib
 import math
 import re
 import struct
@@ -13,6 +12,8 @@ from zipfile import BadZipFile, ZipFile
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from ppc.places import file_sha256
 
 if TYPE_CHECKING:
     from ppc.backbones import Backbone
@@ -312,10 +313,5 @@ def load_state(
     matched, left_over = match_state(own, given, ignored=ignored, source=str(source), target=target)
     module.load_state_dict(matched, strict=False)  # strict already: match_state raised on everything that matters
     missing = tuple(name for name in own if name not in matched)
-    digest = _sha256(source) if isinstance(source, Path) else ""
+    digest = file_sha256(source) if isinstance(source, Path) else ""
     return LoadReport(str(source), digest, tuple(matched), missing, left_over)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

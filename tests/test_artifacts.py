@@ -23,12 +23,11 @@ from ppc.artifacts import (
     StudyDir,
     TrialDir,
     content_key,
-    file_sha256,
     read_journal,
     read_json,
     write_json,
 )
-from ppc.places import atomic_write
+from ppc.places import atomic_write, file_sha256
 
 # -- single files
 

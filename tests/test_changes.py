@@ -19,7 +19,7 @@ import ppc.definition
 import ppc.launch
 import ppc.stages
 from ppc import changes, cli
-from ppc.artifacts import Storage, file_sha256, write_json
+from ppc.artifacts import Storage, write_json
 from ppc.config import TrialConfig
 from ppc.data.labels import read_label_file
 from ppc.data.scenes import make_scenes
@@ -27,6 +27,7 @@ from ppc.definition import define_search
 from ppc.launch import Where, run_study
 from ppc.ledger import FAILED, FINISHED, read_rows
 from ppc.methods import build_net
+from ppc.places import file_sha256
 from ppc.report import build_report
 from ppc.study import shared_base
 from ppc.study_config import StudyConfig

@@ -179,7 +179,7 @@ def test_after_the_net_bf16_is_float32(method: str) -> None:
     assert half.source.cam.dtype == torch.bfloat16
     for terms in (
         lambda x: METHODS[method].terms(x, cfg.method),
-        lambda x: contrast_terms_of(x, cfg.contrast, 0, 0, ALONE, 1),
+        lambda x: contrast_terms_of(x, cfg.contrast, 0, 0, ALONE),
     ):
         assert terms(half) == terms(full)
 

@@ -39,7 +39,7 @@ def test_the_curve_is_the_official_one(name):
     np.testing.assert_allclose(100 * iou_TC, data["iou_per_class"], rtol=1e-9, atol=0)
     curve_T = curve_miou(counts, absent="zero")
     np.testing.assert_allclose(100 * curve_T, data["miou_curve"], rtol=1e-9)
-    best = choose_bg_score(protocol="best", fixed=0.5, thresholds_T=OFFICIAL_THRESHOLDS, miou_T=curve_T)
+    best = choose_bg_score(OFFICIAL_THRESHOLDS, curve_T)
     assert best == OFFICIAL_THRESHOLDS[int(data["best_index"])]
 
 
@@ -131,12 +131,10 @@ def test_one_matrix_over_the_set_is_not_a_mean_over_images():
 
 def test_choice_of_the_background_score():
     grid = (0.1, 0.2, 0.3, 0.4)
-    choose = {"fixed": 0.26, "thresholds_T": grid}
-    assert choose_bg_score(protocol="best", miou_T=[0.1, 0.5, 0.5, 0.2], **choose) == 0.2  # the first of equals
-    assert choose_bg_score(protocol="best", miou_T=[np.nan, 0.1, np.nan, 0.2], **choose) == 0.4
-    assert choose_bg_score(protocol="fixed", miou_T=[0.1, 0.5, 0.5, 0.2], **choose) == 0.26
+    assert choose_bg_score(grid, [0.1, 0.5, 0.5, 0.2]) == 0.2  # the first of equals
+    assert choose_bg_score(grid, [np.nan, 0.1, np.nan, 0.2]) == 0.4
     with pytest.raises(ValueError, match=r"seeds\.protocol"):
-        choose_bg_score(protocol="best", miou_T=[np.nan] * 4, **choose)
+        choose_bg_score(grid, [np.nan] * 4)
 
 
 def test_what_does_not_fit_is_refused():

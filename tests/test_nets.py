@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from ppc.backbones import Features, build_backbone
 from ppc.dropout import SeededDropout2d, set_dropout_seeds
-from ppc.nets import CamNet, CamOutput, load_official
+from ppc.nets import CamNet, CamOutput
+from ppc.weights import LoadReport, load_state
 
 MANIFEST = json.loads((GOLDEN / "manifest_ppc_resnet38_contrast.json").read_text())
 
@@ -111,6 +112,11 @@ def rule_weights(names: dict[str, list[int]]) -> dict[str, Tensor]:
             z = 0.1 * z
         state[name] = torch.from_numpy(z.astype(np.float32))
     return state
+
+
+def load_official(net: CamNet, state: Mapping[str, torch.Tensor]) -> LoadReport:
+    """A flat checkpoint of the official code (conv1a.weight, ..., fc8.weight) into a net over ResNet38d."""
+    return load_state(net, state, ignored=(), source="the official checkpoint", target="this CAM net")
 
 
 @pytest.fixture(scope="module")

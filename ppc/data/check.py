@@ -13,8 +13,9 @@ from functools import partial
 
 import numpy as np
 
-from ppc.data.dataset import IGNORE, Dataset, file_sha
+from ppc.data.dataset import IGNORE, Dataset
 from ppc.data.labels import DataError
+from ppc.places import file_sha256
 
 THREADS = 8
 SALIENCY_SAMPLE = 20
@@ -147,11 +148,11 @@ def raw_fingerprint(layout: Dataset, split: str) -> str:
     """sha256 over all that decides which images of a split are broken; missing files are part of it."""
     whole = hashlib.sha256(json.dumps([BROKEN_VERSION, layout.class_names, layout.label_source, split]).encode())
     for path in layout.label_files():
-        whole.update(f"\n{path.name} {file_sha(path) if path.is_file() else None}".encode())
+        whole.update(f"\n{path.name} {file_sha256(path) if path.is_file() else None}".encode())
 
     def digest(image_id: str) -> str:
         finders: list[Callable[[], str]] = [
-            lambda: file_sha(layout.image_path(image_id)),
+            lambda: file_sha256(layout.image_path(image_id)),
             partial(layout.mask_digest, image_id, split=split),
             *layout.own_digests(image_id),
         ]
@@ -185,11 +186,11 @@ def fingerprint(
 
     def digest(item: tuple[str, str]) -> str:
         split, image_id = item
-        found = [file_sha(layout.image_path(image_id))]
+        found = [file_sha256(layout.image_path(image_id))]
         if with_masks:
             found.append(layout.mask_digest(image_id, split=split))
         if with_saliency:
-            found.append(file_sha(layout.saliency_path(image_id)))
+            found.append(file_sha256(layout.saliency_path(image_id)))
         try:
             label = layout.image_label(image_id, split=split).tolist()
         except DataError:

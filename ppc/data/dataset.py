@@ -9,7 +9,6 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from PIL import Image
 
 from ppc.data.labels import DataError, check_classes
 from ppc.names import check_name
+from ppc.places import file_sha256
 
 IGNORE = 255
 OR_SKIP = "or leave all such images out: data.on_broken=skip (ppc data check names them)"
@@ -105,7 +105,7 @@ class Dataset(ABC):
 
     def mask_digest(self, image_id: str, *, split: str | None = None) -> str:
         """sha256 of what the mask is made of. Raises DataError if there is no mask."""
-        return file_sha(self.mask_path(image_id, split=split))
+        return file_sha256(self.mask_path(image_id, split=split))
 
     def own_digests(self, image_id: str) -> list[Callable[[], str]]:
         """sha256 of more files of an image that decide whether it can be used; each may raise DataError."""
@@ -213,12 +213,6 @@ class Dataset(ABC):
                 f"resize or replace one of the two (the image: {self.image_path(image_id)})",
                 of_image=of_image,
             )
-
-
-def file_sha(path: Path) -> str:
-    """sha256 of a file, in hex."""
-    with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
 
 
 def decode(path: Path, convert: Callable[[Image.Image], Any], *, of_image: bool = True) -> Uint8:

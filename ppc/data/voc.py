@@ -10,9 +10,10 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ppc.data.dataset import IMAGE_SUFFIXES, Dataset, Float32, file_sha
+from ppc.data.dataset import IMAGE_SUFFIXES, Dataset, Float32
 from ppc.data.labels import DataError, parse_id, read_classes, read_label_file, read_list
 from ppc.names import check_name
+from ppc.places import file_sha256
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -109,7 +110,7 @@ class VocLayout(Dataset):
 
     def own_digests(self, image_id: str) -> list[Callable[[], str]]:
         """sha256 of the XML file."""
-        return [lambda: file_sha(self.annotation_path(image_id))]
+        return [lambda: file_sha256(self.annotation_path(image_id))]
 
     def _has_image(self, image_id: str) -> bool:
         return any((self.root / "JPEGImages" / f"{image_id}{suffix}").is_file() for suffix in IMAGE_SUFFIXES)

@@ -142,7 +142,7 @@ def chosen_score(cfg: TrialConfig, dataset: Dataset, counts: dict[str, Counts]) 
         raise ValueError(f"seeds.protocol {seeds.protocol} needs masks of split {split}; use seeds.protocol fixed")
     chosen = counts[VAL_SUBSET if seeds.protocol == "val_subset" else split]
     curve = curve_miou(chosen, absent=seeds.absent_classes)
-    return choose_bg_score(protocol="best", fixed=seeds.bg_score, thresholds_T=OFFICIAL_THRESHOLDS, miou_T=curve)
+    return choose_bg_score(OFFICIAL_THRESHOLDS, curve)
 
 
 def seedless(cfg: TrialConfig, dataset: Dataset) -> str | None:
@@ -257,9 +257,7 @@ def whole_cam(seeds: StageDir, image_id: str) -> tuple[Any, Any]:
 def seed_chunk(shared: Shared, items: Sequence[Item], device: torch.device) -> None:
     """Write the seeds of some images at the chosen score, and the overlays of the fixed set."""
     for _, image_id in items:
-        loaded = read_cam(shared.folder / "cams" / f"{image_id}.npz")
-        assert loaded is not None, f"no CAM of {image_id}"
-        keys, cam = loaded
+        keys, cam = whole_cam(shared.folder, image_id)
         palette_png(seed_from_cam(cam, keys, bg_score=shared.bg_score), shared.folder / "seeds" / f"{image_id}.png")
         if image_id in shared.overlays:
             heat = cam.max(0) if len(cam) else np.zeros(shared.dataset.image_size(image_id), np.float32)
