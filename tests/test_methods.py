@@ -11,6 +11,7 @@ import torch
 from tiny_run import ALL_VIEWS, cam_job, formula_batch, scenes_root, tiny_config
 from torch import Tensor
 
+from ppc.artifacts import StageDir
 from ppc.config import TrialConfig
 from ppc.dropout import set_dropout_seeds
 from ppc.losses import ViewMaps, classification_loss, seam_losses
@@ -29,6 +30,7 @@ from ppc.optim import make_sgd, param_groups
 from ppc.prototypes import ALONE
 from ppc.resizing import resize
 from ppc.stages import versions_of
+from ppc.train import fit
 
 OFF: dict[str, Any] = {"contrast.prototype_top_k": 0}
 TERMS = {
@@ -321,6 +323,32 @@ def test_the_step_at_which_contrast_starts_is_a_share_of_all(tmp_path: Path, sha
     job = cam_job(tiny_config({"train.epochs": 6, "contrast.start_after": share}, scenes_root(tmp_path)))
     assert job.epochs * job.steps_per_epoch == 12
     assert isinstance(job.losses, Losses) and job.losses.contrast_from == alone
+
+
+def tensors(state: Any) -> list[Tensor]:
+    """All tensors of a state, in order."""
+    if isinstance(state, Tensor):
+        return [state]
+    parts = state.values() if isinstance(state, dict) else state if isinstance(state, list) else ()
+    return [tensor for part in parts for tensor in tensors(part)]
+
+
+def test_before_it_counts_no_rule_of_the_contrast_moves_a_bit(tmp_path: Path) -> None:
+    """So trials that differ in these rules alone can go on from one another's checkpoint of that step."""
+    root, found = scenes_root(tmp_path), list[list[dict[str, Any]]]()
+    rows: list[dict[str, Any]] = [{}, {"contrast.preset": "paper"}, {"contrast.map_source": "cam"}]
+    for number, changes in enumerate(rows):
+        cfg = tiny_config({"contrast.start_after": 0.5, **changes}, root)
+        stage = StageDir(tmp_path / str(number), "train_cam", "0")
+        fit(cam_job(cfg), stage, cfg.runtime, torch.device("cpu"))
+        paths = [stage / "checkpoints" / f"epoch-{epoch:05d}.pt" for epoch in (1, 2)]
+        found.append([torch.load(path, weights_only=True) for path in paths])
+    first, last = zip(*found, strict=True)
+    for state in first[1:]:
+        for part in ("net", "optimizer"):
+            torch.testing.assert_close(tensors(state[part]), tensors(first[0][part]), rtol=0, atol=0)
+    for state in last[1:]:
+        assert not torch.equal(state["net"]["fc8.weight"], last[0]["net"]["fc8.weight"])
 
 
 def test_a_contrast_that_counts_from_the_start_keeps_its_key() -> None:
