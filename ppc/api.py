@@ -206,4 +206,4 @@ def load_study(name: str, storage: str | Path | None = None) -> Study:
 
 def study_names(storage: str | Path | None = None) -> list[str]:
     """Names of the studies of a storage, sorted."""
-    return names_in(_storage(storage).root / "studies")
+    return _storage(storage).study_names()

@@ -304,14 +304,9 @@ class StudyDir:
                 f"{path} is damaged; launch its file again (ppc study launch FILE): what is finished is not run again"
             )
         if not isinstance(study, dict):
-            raise ValueError(f"no study {self.name!r} in {self.path.parent}; launched studies: {self._others()}")
+            others = ", ".join(_launched(self.path.parent)) or "none"
+            raise ValueError(f"no study {self.name!r} in {self.path.parent}; launched studies: {others}")
         return study
-
-    def _others(self) -> str:
-        folder = self.path.parent
-        return (
-            ", ".join(name for name in names_in(folder) if size_of(folder / name / "study.json") is not None) or "none"
-        )
 
     @property
     def launch_lock(self) -> StoragePath:
@@ -335,6 +330,10 @@ class StudyDir:
         return path
 
 
+def _launched(folder: StoragePath) -> list[str]:
+    return [name for name in names_in(folder) if size_of(folder / name / "study.json") is not None]
+
+
 @dataclass(frozen=True)
 class Storage:
     """The root under which everything lies: a folder, or a prefix of an object store."""
@@ -350,6 +349,10 @@ class Storage:
     def here(self) -> Path:
         """Folder of this machine for what can be made again; the root itself when that is a folder."""
         return local_folder(self.root)
+
+    def study_names(self) -> list[str]:
+        """Names of the launched studies, sorted; also of those whose file is damaged."""
+        return _launched(self.root / "studies")
 
     def study(self, name: str) -> StudyDir:
         """Folder of a study. ValueError for a name that leads out of it, here and below."""

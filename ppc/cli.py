@@ -281,11 +281,12 @@ def study_list(
     from ppc.overview import as_data, overview_lines, overviews
 
     store = _storage(storage or DEFAULT_STORAGE)
-    found = overviews(store)
+    found, problems = overviews(store)
     if as_json:
         print(json.dumps(as_data(found), indent=1))
     else:
         print(*(overview_lines(found) if found else [f"no study in {store.root}"]), sep="\n")
+    print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
 
 
 @app.command()
@@ -296,12 +297,12 @@ def sync(
     every: Annotated[bool, typer.Option("--all", help="All studies of the storage.")] = False,
 ) -> None:
     """Send to MLflow what a launch could not send, and that a killed one is not running. Twice changes nothing."""
-    from ppc.reaper import study_names, sync_studies
+    from ppc.reaper import sync_studies
 
     if name is not None and every:
         raise ValueError(f"sync {name} --all: name one study, or say --all")
     store = _storage(storage)
-    names = study_names(store) if name is None else [name]
+    names = store.study_names() if name is None else [name]
     sync_studies(store, names, tracking, lambda text: console.print(text, **AS_IT_IS))
     if not names:
         console.print(f"no study in {store.root}", **AS_IT_IS)

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ppc.artifacts import Storage
-from ppc.ledger import TrialRow, counts, read_rows
-from ppc.places import names_in
+from ppc.ledger import FINISHED, TrialRow, counts, read_rows
 from ppc.published import NONE, metric_split
 from ppc.report import build_report
 from ppc.report_header import distinct, generated
@@ -130,7 +129,7 @@ def _remarks(rows: Sequence[Compared], own: Mapping[str, str], metric: str) -> l
         found.append(f"Compared by {metric}; decided by another metric: {', '.join(others)}.")
     if any(row.generated for row in rows):
         found.append("Rows that say so are of generated data.")
-    if without := sum(n for row in rows for state, n in row.states.items() if state != "FINISHED"):
+    if without := sum(n for row in rows for state, n in row.states.items() if state != FINISHED):
         found.append(f"{without} trial(s) have no result and are in no figure.")
     return found
 
@@ -174,7 +173,7 @@ def table(found: Comparison) -> list[list[str]]:
 
 
 def best_table(storage: Storage) -> list[list[str]]:
-    """The best variant of every study of a storage as text, headings first; a study that cannot be read is left out."""
+    """The best variant of every study of a storage as text, headings first; of one that cannot be read, why."""
     heads = [
         "study",
         "best variant",
@@ -188,12 +187,13 @@ def best_table(storage: Storage) -> list[list[str]]:
         "no result",
     ]
     rows = []
-    for name in names_in(storage.root / "studies"):
+    for name in storage.study_names():
         try:
             report = build_report(storage, name)
-        except ValueError:
+        except ValueError as error:
+            rows.append([name, f"cannot be read: {error}", *[NONE] * (len(heads) - 2)])
             continue
-        missing = sum(n for line in report.lines for state, n in line.states.items() if state != "FINISHED")
+        missing = sum(n for line in report.lines for state, n in line.states.items() if state != FINISHED)
         best = next((line for line in report.lines if line.best), None)
         if best is None:
             rows.append([name, NONE, report.metric, NONE, "0", NONE, NONE, NONE, NONE, str(missing)])

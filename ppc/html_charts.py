@@ -56,7 +56,7 @@ class Chart:
 
     @property
     def x_range(self) -> tuple[float, float]:
-        """Ends of the axis; half a step is left beside points that are not joined to the edge."""
+        """Ends of the axis, a little beyond the points."""
         xs = [point.x for curve in self.curves for point in curve.points] + [x for x, _ in self.x_ticks]
         low, high = min(xs), max(xs)
         margin = 0.06 * (high - low) or 0.5

@@ -11,7 +11,6 @@ from typing import Any
 from ppc.artifacts import Storage
 from ppc.costs import trial_cost
 from ppc.ledger import counts, read_rows
-from ppc.places import names_in
 from ppc.report import align, number
 
 COLUMNS = ("study", "trials", "GPU h", "CPU h", "launched", "last activity", "best so far")
@@ -31,16 +30,15 @@ class Overview:
     best: tuple[str, float] | None  # variant and the mean of its metric over the seeds that have it
 
 
-def overviews(storage: Storage) -> list[Overview]:
-    """Every study of the storage, the one launched last first. A study that cannot be read is left out."""
-    found = []
-    for name in names_in(storage.root / "studies"):
+def overviews(storage: Storage) -> tuple[list[Overview], list[str]]:
+    """Every study of the storage, the one launched last first; and what is wrong with those that cannot be read."""
+    found, problems = list[Overview](), list[str]()
+    for name in storage.study_names():
         try:
-            study = storage.study(name).definition()
-        except ValueError:
-            continue
-        found.append(_overview(storage, study))
-    return sorted(found, key=lambda one: -one.launched_ms)
+            found.append(_overview(storage, storage.study(name).definition()))
+        except ValueError as error:
+            problems.append(f"{name}: {error}")
+    return sorted(found, key=lambda one: -one.launched_ms), problems
 
 
 def _overview(storage: Storage, study: dict[str, Any]) -> Overview:

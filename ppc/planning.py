@@ -1,5 +1,5 @@
 """From a trial's config to its plan: paths resolved, contents of data and weights read, keys given. Writes nothing but
-generated data."""
+generated data, and what it found out about broken images (`checks/`)."""
 
 from __future__ import annotations
 

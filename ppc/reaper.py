@@ -17,12 +17,6 @@ from ppc.places import names_in
 from ppc.redact import safe_uri, without_secrets
 
 
-def study_names(storage: Storage) -> list[str]:
-    """The studies of a storage."""
-    folder = storage.root / "studies"
-    return [name for name in names_in(folder) if isinstance(read_json(folder / name / "study.json"), dict)]
-
-
 def shown_running(storage: Storage, name: str, uri: str) -> bool:
     """Whether the MLflow at a URI shows something of the study as running that is not, by what was sent there.
 
@@ -79,7 +73,7 @@ def end_what_is_dead(storage: Storage, uri: str) -> None:
     """Send the studies of which the MLflow at a URI shows something as running that is not. What keeps that from being
     done is said and no error: it is for whoever only wants to look."""
     try:
-        if found := [name for name in study_names(storage) if shown_running(storage, name, uri)]:
+        if found := [name for name in storage.study_names() if shown_running(storage, name, uri)]:
             sync_studies(storage, found, uri)
     except (OSError, ValueError, TrackingError) as error:
         print(without_secrets(f"some runs may be shown as running that are not: {error}"), flush=True)

@@ -28,7 +28,7 @@ SHOWN = 6  # names quoted in a message
 
 
 # Pretrained files whose input normalisation is not the usual one of their backbone, by sha256: a name of
-# backbones.NORMALISATIONS. The package that carries the file is named for who wants to look.
+# normalisation.NORMALISATIONS. The package that carries the file is named for who wants to look.
 KNOWN_NORMALISATIONS = {
     # squeezenet1_1 of Caffe origin, package ndf 0.1.4
     "f8bc8fb2b9e8add3d59594cf10c2995afe507adb7d5b265002e4838c65ff34e3": "caffe_bgr",

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from ppc.artifacts import Progress, Storage, read_json, used_s
 from ppc.cli import app
+from ppc.compare import best_table
 from ppc.costs import trial_cost
 from ppc.launch import Where, run_study
 from ppc.ledger import read_rows
@@ -36,7 +37,7 @@ def test_a_stage_is_paid_for_once(tmp_path: Path) -> None:
     assert 0 < shared.result["cost"]["cpu_h"] < own.result["cost"]["cpu_h"]
     assert [s["reused"] for s in shared.result["stages"]] == [True, True, False, False]
 
-    found = {one.study: one for one in overviews(storage)}
+    found = {one.study: one for one in overviews(storage)[0]}
     assert list(found) == ["b", "a"], "the one launched last first"
     costs = [trial_cost(storage, row)[0] for row in (shared, own)]
     assert found["b"].cpu_h == pytest.approx(sum(costs)) and found["b"].gpu_h == 0
@@ -46,13 +47,32 @@ def test_a_stage_is_paid_for_once(tmp_path: Path) -> None:
     assert as_data([found["a"]])[0]["best_mean"] == row.metric("mask_miou_train")
 
 
+def test_a_study_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    make_study(storage, name="good", k=[4], seeds=[0])
+    make_study(storage, name="torn", k=[4], seeds=[0])
+    (storage.study("torn").path / "study.json").write_text('{"name": "to')
+    (storage.root / "studies" / "empty").mkdir()
+    assert storage.study_names() == ["good", "torn"]
+    found, problems = overviews(storage)
+    assert [one.study for one in found] == ["good"] and len(problems) == 1
+    ran = CliRunner().invoke(app, ["study", "list", "--storage", str(tmp_path)])
+    assert ran.exit_code == 0 and "good" in ran.stdout and "torn" not in ran.stdout
+    assert (
+        ran.stderr == f"torn: {storage.study('torn').path}/study.json is damaged; launch its file again (ppc study "
+        "launch FILE): what is finished is not run again\n"
+    )
+    rows = {row[0]: row[1] for row in best_table(storage)}
+    assert "damaged" in rows["torn"] and "damaged" not in rows["good"]
+
+
 def test_a_trial_that_another_study_finished_is_paid_for_once(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     make_study(storage, name="a", k=[4], seeds=[0])
     assert run_study(storage, "a", LOCAL, QUIET) == 0
     make_study(storage, name="b", k=[4], seeds=[0])
     assert run_study(storage, "b", LOCAL, QUIET) == 0
-    found = {one.study: one for one in overviews(storage)}
+    found = {one.study: one for one in overviews(storage)[0]}
     assert found["a"].cpu_h > 0 and found["b"].cpu_h == 0 and found["b"].states == {"FINISHED": 1}
 
 
