@@ -18,7 +18,7 @@ demo: setup ## generate the data, run the study of K, print its table
 	$(BIN)/ppc study launch experiments/scenes_k.yaml --storage $(STORAGE) --max-concurrent 2
 
 test: setup check ## everything: linters, then all tests
-	$(BIN)/python -m pytest
+	PPC_ALL_EXTRAS=1 $(BIN)/python -m pytest
 
 test-hosts: setup ## a cluster of two hosts made of network namespaces, with kills and a cut cable (root, 8 minutes)
 	$(BIN)/python -m pytest -m hosts

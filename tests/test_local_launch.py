@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -211,6 +213,27 @@ if __name__ == "__main__":
 """
 
 
+LaunchTwo = Callable[[Storage], "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def launch_two(tmp_path: Path) -> Iterator[LaunchTwo]:
+    """Starts a launch of two trials at a time; none outlives its test."""
+    processes = list["subprocess.Popen[bytes]"]()
+
+    def start(storage: Storage) -> subprocess.Popen[bytes]:
+        script = tmp_path / "launch.py"
+        script.write_text(LAUNCH_TWO)
+        words = [sys.executable, str(script), str(Path(__file__).parent), str(storage.root)]
+        processes.append(subprocess.Popen(words))
+        return processes[-1]
+
+    yield start
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
 def started(storage: Storage, study: dict) -> list[dict]:
     """The states of two trials that are training at this moment."""
     deadline = time.monotonic() + 120
@@ -225,26 +248,26 @@ def started(storage: Storage, study: dict) -> list[dict]:
 
 
 @pytest.mark.parametrize("how", ["SIGTERM", "SIGKILL"])
-def test_nothing_of_an_ended_launch_works_on(tmp_path: Path, how: str) -> None:
+def test_nothing_of_an_ended_launch_works_on(tmp_path: Path, how: str, launch_two: LaunchTwo) -> None:
     storage = Storage(tmp_path / "storage")
     study = make_study(storage, k=[0, 4], seeds=[0], tiny={"train.epochs": 200})
-    script = tmp_path / "launch.py"
-    script.write_text(LAUNCH_TWO)
-    launch = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(storage.root)])
+    launch = launch_two(storage)
     pids = [state["pid"] for state in started(storage, study)]
     launch.send_signal(getattr(signal, how))
     assert launch.wait(60) != 0
-    gone, alive = psutil.wait_procs([psutil.Process(pid) for pid in pids if psutil.pid_exists(pid)], timeout=30)
+    processes = list[psutil.Process]()
+    for pid in pids:
+        with suppress(psutil.NoSuchProcess):
+            processes.append(psutil.Process(pid))
+    gone, alive = psutil.wait_procs(processes, timeout=30)
     assert not alive
     assert [row.state for row in read_rows(storage, study)] == [KILLED, KILLED]
 
 
-def test_a_process_that_dies_costs_its_own_trial_alone(tmp_path: Path) -> None:
+def test_a_process_that_dies_costs_its_own_trial_alone(tmp_path: Path, launch_two: LaunchTwo) -> None:
     storage = Storage(tmp_path / "storage")
     study = make_study(storage, k=[0, 4], seeds=[0], tiny={"train.epochs": 20})
-    script = tmp_path / "launch.py"
-    script.write_text(LAUNCH_TWO)
-    launch = subprocess.Popen([sys.executable, str(script), str(Path(__file__).parent), str(storage.root)])
+    launch = launch_two(storage)
     os.kill(started(storage, study)[0]["pid"], signal.SIGKILL)
     assert launch.wait(120) == 1
     first, second = read_rows(storage, study)
