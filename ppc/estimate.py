@@ -294,7 +294,10 @@ def seconds(found: Sequence[Cost]) -> tuple[float, float]:
 def remarks(found: Sequence[Cost]) -> list[str]:
     """What the table does not say."""
     passing = max((cost.passing_bytes for cost in found), default=0.0)
-    return [
+    told = [
         "Stages that trials share are counted once; what is finished already is counted too.",
         f"Disk is a computed size; while a net trains, {passing / 1e9:.2f} GB of checkpoints are beside it.",
     ]
+    if labelled := [stage for stage in ("train_psa", "train_irn") if any(cost.stage == stage for cost in found)]:
+        told.append(f"The CRF that makes the labels of {' and '.join(labelled)} is not counted: two an image.")
+    return told

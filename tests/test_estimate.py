@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,24 @@ import torch
 
 from ppc.artifacts import Storage, write_json
 from ppc.config import TrialConfig
-from ppc.estimate import NOT_MEASURED, Cost, Rate, costs, images_of, keep, key_of, like, measured, seconds, table
+from ppc.estimate import (
+    NOT_MEASURED,
+    Cost,
+    Rate,
+    costs,
+    images_of,
+    keep,
+    key_of,
+    like,
+    measured,
+    remarks,
+    seconds,
+    table,
+)
 from ppc.loading import load_study, override_all
 from ppc.measure import measure, small
 from ppc.schema import validate
+from ppc.stages import STAGES
 from ppc.study import expand
 
 ROOT = Path(__file__).parent.parent / "experiments"
@@ -52,6 +67,24 @@ def test_units_hours_and_disk_by_hand() -> None:
     rows = {row[0].partition(" ")[0]: row for row in table(list(found.values()))}
     assert rows["train_cam"][4:6] == ["2.94", "23.5"] and rows["make_seeds"][-1] == NOT_MEASURED
     assert rows["in"][1] == "8" and rows["in"][-1] == "without 2 line(s) not measured"
+
+
+def test_labels_that_are_not_counted_are_told() -> None:
+    psa = config(stages=["train_cam", "make_seeds", "train_psa", "refine_psa", "evaluate"])
+    told = "The CRF that makes the labels of train_psa is not counted: two an image."
+    assert told in remarks(costs([psa], {})) and not any(
+        "not counted" in text for text in remarks(costs([config()], {}))
+    )
+
+
+def test_a_stage_that_was_added_is_told_apart_by_what_it_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    added = dataclasses.replace(STAGES["refine_crf"], reads=("seed", "crf"))
+    monkeypatch.setitem(STAGES, "refine_mine", added)
+    one, two, same = (
+        key_of("refine_mine", like("refine_mine", config(**changes)))
+        for changes in ({}, {"crf__preset": "eps_soft"}, {"seed": 3})
+    )
+    assert one != two and one == same
 
 
 def test_rates_come_from_finished_stages_that_are_alike(tmp_path: Path) -> None:
