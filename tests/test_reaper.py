@@ -15,7 +15,7 @@ from ppc.artifacts import now_ms
 from ppc.launch import launch_lock
 from ppc.ledger import STALE_S
 from ppc.mlflow_server import TrackingError, default_uri
-from ppc.reaper import end_what_is_dead, shown_running, study_names, sync_studies
+from ppc.reaper import end_what_is_dead, shown_running, sync_studies
 from ppc.tracking import make_tracker
 
 pytest.importorskip("mlflow")
@@ -51,7 +51,7 @@ def test_sync_and_ui_end_what_is_dead_and_nothing_else(one: FakeStudy, monkeypat
     two = FakeStudy(storage.root, name="two")
     silent = FakeStudy(storage.root, name="silent")  # was launched with --tracking none
     silent.start(0)
-    assert study_names(storage) == ["one", "silent", "two"]
+    assert storage.study_names() == ["one", "silent", "two"]
     for fake in (one, two):
         fake.start(0)
         fake.start(1)
