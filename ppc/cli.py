@@ -270,7 +270,7 @@ def study_status(
 def study_list(
     storage: OptionalStorageOption = None,
     address: ServerOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="As JSON, times in unix ms.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Those that can be read, as JSON; times in unix ms.")] = False,
 ) -> None:
     """All studies of a storage: trials per state, hours, dates, the best variant so far."""
     refuse_cluster(address)
@@ -284,9 +284,10 @@ def study_list(
     found, problems = overviews(store)
     if as_json:
         print(json.dumps(as_data(found), indent=1))
-    else:
-        print(*(overview_lines(found) if found else [f"no study in {store.root}"]), sep="\n")
-    print(*problems, sep="\n", end="\n" if problems else "", file=sys.stderr)
+        return
+    print(*(overview_lines(found) if found else [f"no study in {store.root}"]), sep="\n")
+    for problem in problems:
+        print(problem, file=sys.stderr)
 
 
 @app.command()

@@ -108,7 +108,8 @@ def test_the_best_of_every_study(two: Storage) -> None:
     (two.root / "studies" / "torn" / "study.json").write_text("{")
     heads, *rows = best_table(two)
     found = {row[0]: dict(zip(heads, row, strict=True)) for row in rows}
-    assert list(found) == ["a", "b", "empty"]
+    assert list(found) == ["a", "b", "empty", "torn"]
+    assert "study.json is damaged" in found["torn"]["best variant"] and found["torn"]["mean"] == "-"
     assert found["a"]["best variant"] == "prototype_top_k=4" and found["a"]["vs baseline"] == "+10.50 ± 0.71"
     assert (found["a"]["n"], found["a"]["protocol"], found["a"]["p (Holm)"]) == ("2", "best_on_train", "-")
     assert (found["b"]["mean"], found["b"]["images"], found["b"]["no result"]) == (
