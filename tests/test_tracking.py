@@ -807,7 +807,7 @@ def test_loop_says_a_lasting_error_once_and_its_end() -> None:
         deadline = time.monotonic() + 20
         while len(said) < 2 and time.monotonic() < deadline:
             time.sleep(0.01)
-    assert loop.errors == 3
+    assert calls[0] > 4, "it failed three times"
     assert ["no answer" in said[0], "works again" in said[1], len(said)] == [True, True, 2]
     assert loop.problem is None
 
@@ -848,7 +848,7 @@ def test_points_arrive_once_the_server_is_up_and_the_ui_serves_them(fake: FakeSt
     with SyncLoop(tracker, lambda: fake.rows, every_s=0.2, longest_wait_s=0.5, say=lambda text: None) as loop:
         fake.start(1)
         fake.journal(1, range(50))
-        while loop.errors == 0:
+        while loop.last_error is None:
             time.sleep(0.05)
         with start_ui(fake.storage, port=port) as server:
             fake.journal(1, range(50, 60))
