@@ -162,7 +162,7 @@ def test_a_label_map_that_is_gone_is_named(ran: Storage, tmp_path: Path) -> None
     path = sorted(Path(storage.root).glob("stages/refine_crf/*/masks/*.png"))[0]
     path.unlink()
     seed = next(row.seed for row in rows_of(storage) if path.parent.parent.name in [s["key"] for s in row.stages])
-    with pytest.raises(ValueError, match=f"{path} is missing.*launch again"):
+    with pytest.raises(ValueError, match=f"{path} is missing.*, then resume the study"):
         export_masks(storage, "k", tmp_path / "out", seed=seed)
     assert told(tmp_path / "out")["complete"] is False
 

@@ -409,7 +409,7 @@ def test_an_answer_is_whole_wherever_ray_writes_its_own_line(late: bool, monkeyp
             yield told[20:] * late + "two\nthree"
 
         def job(self, job_id: str) -> jobs.Job:
-            return jobs.Job("j1", "none", "FAILED", "/s", "", 3, 0, 1)
+            return jobs.Job("j1", "none", "FAILED", "/s", "", 3, 0)
 
     monkeypatch.setattr(jobs, "_Server", Head)
     said: list[str] = []
