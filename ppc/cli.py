@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -100,7 +101,7 @@ def run(
     refuse_beside_local(local, address, num_cpus, tracking)
     twin = twin_of(tiny=tiny, scenes=scenes)
     trial = load_trial(config, overrides=sets, shrink=lambda raw: as_twin(raw, twin))
-    name = name_of(f"run-{config.stem}", twin)
+    name = name_of("run-" + re.sub(r"[^A-Za-z0-9._-]+", "-", config.stem)[:100], twin)
     design = DesignConfig(kind="list", variants=[Variant(name=name)])
     study = StudyConfig(name=name, design=design, trial_seeds=[trial.seed])
     spec = TrialSpec(name, {}, trial.seed, trial)

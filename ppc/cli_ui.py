@@ -37,7 +37,9 @@ def ui(
     study: Annotated[str | None, typer.Argument(help="Study whose page the link opens.")] = None,
     storage: StorageOption = DEFAULT_STORAGE,
     host: str = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Default: 5000, or another one when that is taken.")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Default: 5000, or another one when that is taken.")
+    ] = None,
     tracking: TrackingOption = None,
     open_it: OpenOption = False,
 ) -> None:

@@ -82,11 +82,18 @@ def palette_png(label_HW: Array, path: StoragePath) -> None:
 
 
 def read_palette_png(path: StoragePath) -> Array:
-    """Labels of a palette or greyscale PNG, (H, W) uint8; ValueError for a colour image, whose labels are lost."""
-    with Image.open(BytesIO(read_bytes(path))) as image:
-        if image.mode not in ("P", "L"):
-            raise ValueError(f"{path}: a label map has mode P or L, this is {image.mode}; write it with palette_png")
-        return np.array(image, dtype=np.uint8)
+    """Labels of a palette or greyscale PNG, (H, W) uint8; ValueError for a damaged file, and for a colour image, whose
+    labels are lost."""
+    data = read_bytes(path)
+    try:
+        with Image.open(BytesIO(data)) as image:
+            if image.mode not in ("P", "L"):
+                raise ValueError(
+                    f"{path}: a label map has mode P or L, this is {image.mode}; write it with palette_png"
+                )
+            return np.array(image, dtype=np.uint8)
+    except (OSError, SyntaxError, EOFError) as error:  # what PIL raises for files that are cut or no image
+        raise ValueError(f"{path} is not a whole PNG; delete {path.parents[1]}, so that it is made again") from error
 
 
 def square(image_HW3: Array, *, fill: int = 255) -> Array:

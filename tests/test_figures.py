@@ -129,3 +129,16 @@ def test_a_grid_refuses_titles_that_do_not_match() -> None:
         picture_grid([[label]], ["a", "b"])
     with pytest.raises(ValueError, match="2 names"):
         picture_grid([[label]], ["a"], row_names=["x", "y"])
+
+
+def test_a_label_map_that_was_cut_is_named_with_the_folder_to_delete(tmp_path: Path) -> None:
+    path = tmp_path / "key" / "masks" / "a.png"
+    path.parent.mkdir(parents=True)
+    palette_png(np.arange(200, dtype=np.uint8).reshape(10, 20) % 5, path)
+    whole = path.read_bytes()
+    for size in (0, 4, 60, len(whole) - 40):
+        path.write_bytes(whole[:size])
+        with pytest.raises(
+            ValueError, match=r"masks/a.png is not a whole PNG; delete .*/key, so that it is made again"
+        ):
+            read_palette_png(path)
