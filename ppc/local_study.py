@@ -90,9 +90,10 @@ def _own_process(row: TrialRow, storage: Storage, cpus: int, parent: int, tell: 
 
 def _end_once(number: int, frame: object) -> None:
     """End the trial, which records that. More signals follow the first: the launch's after the terminal's, and one for
-    each thread of a launch that was killed; none may cut the recording short."""
+    each thread of a launch that was killed; none may cut the recording short. They are taken and not ignored: of one
+    that waits already when it is to be ignored Python prints a traceback."""
     for ending in ENDING:
-        signal.signal(ending, signal.SIG_IGN)
+        signal.signal(ending, lambda number, frame: None)
     raise KeyboardInterrupt
 
 
