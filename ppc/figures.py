@@ -94,8 +94,8 @@ def read_palette_png(path: StoragePath) -> Array:
             return np.array(image, dtype=np.uint8)
     except (OSError, SyntaxError, EOFError) as error:  # what PIL raises for files that are cut or no image
         raise ValueError(
-            f"{path} is not a whole PNG; delete {path.parents[1]}, so that it is made again by a resume (of a trial that "
-            "is finished, its result.json too)"
+            f"{path} is not a whole PNG; delete {path.parents[1]}, so that it is made again by a resume (of a finished "
+            "trial its result.json too)"
         ) from error
 
 
