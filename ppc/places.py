@@ -88,9 +88,12 @@ def told(path: StoragePath, *, absent: bool = False) -> Iterator[None]:
 
 
 def read_bytes(path: StoragePath) -> bytes:
-    """Contents of a file. OSError when that fails, FileNotFoundError when it is not there."""
+    """Contents of a file. OSError when that fails, FileNotFoundError when it is not there.
+
+    Of an object in one request: one that is looked up first and then read may have been written anew in between.
+    """
     with told(path, absent=True):
-        return path.read_bytes()
+        return path.read_bytes() if isinstance(path, Path) else bytes(path.fs.cat_file(path.path))
 
 
 def names_in(folder: StoragePath) -> list[str]:

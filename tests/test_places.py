@@ -6,6 +6,8 @@ import errno
 import os
 import subprocess
 import sys
+import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -92,6 +94,29 @@ def test_an_object_is_not_written_anew_at_every_point(bucket: str, monkeypatch: 
     journal.write(3, {"a": 3.0})
     journal.close()
     assert [p["step"] for p in read_journal(path)[0]] == [1, 2, 3]
+
+
+def test_a_file_that_is_written_anew_all_the_time_can_be_read_at_any_moment(place: StoragePath) -> None:
+    path, stop = place / "state.json", threading.Event()
+    write_json(path, {"n": 0})
+
+    def write() -> None:
+        n = 0
+        while not stop.is_set():
+            write_json(path, {"n": (n := n + 1)}, durable=False)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        deadline, seen = time.monotonic() + 60, set[int]()
+        while len(seen) < 40 and time.monotonic() < deadline:
+            found = read_json(path)
+            assert found is not None
+            seen.add(found["n"])
+    finally:
+        stop.set()
+        writer.join()
+    assert len(seen) >= 40
 
 
 def test_progress_is_there_at_the_end(place: StoragePath) -> None:
