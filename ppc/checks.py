@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -125,16 +126,9 @@ def optim_of(cfg: TrialConfig, section: str) -> OptimConfig:
 
 def check_data(cfg: TrialConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
     """What a config asks of its dataset and does not get, as (dotted field, problem): splits, sizes, masks."""
-    seeds, there = cfg.seeds, dataset.splits()
-    needed = {"data.train_split": [cfg.data.train_split], "seeds.splits": list(seeds.splits)}
-    if seeds.protocol == "val_subset":
-        needed["seeds.val_subset_split"] = [seeds.val_subset_split]
-    if "predict_seg" in cfg.stages:
-        needed["segmentation.test.splits"] = list(cfg.segmentation.test.splits)
-    absent = [(field, split) for field, splits in needed.items() for split in splits if split not in there]
-    for field, split in absent:
-        yield field, f"no split {split!r} in {dataset.root}{nearest(split, there)}"
-    if absent:
+    seeds, wrong = cfg.seeds, list(_check_splits(cfg, dataset))
+    if wrong:
+        yield from wrong
         return
     images = len(dataset.ids(cfg.data.train_split))
     if cfg.method.name in SALIENCY and not dataset.has_saliency:
@@ -151,6 +145,27 @@ def check_data(cfg: TrialConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
     judge = {"best_on_train": cfg.data.train_split, "val_subset": seeds.val_subset_split}.get(seeds.protocol)
     if "make_seeds" in cfg.stages and judge is not None and not dataset.has_masks(judge):
         yield "seeds.protocol", f"{seeds.protocol} needs masks of split {judge}; use seeds.protocol fixed"
+
+
+def _check_splits(cfg: TrialConfig, dataset: Dataset) -> Iterator[tuple[str, str]]:
+    """Splits that are not there, and lists that name an image twice: it would be trained on and scored twice."""
+    seeds, there = cfg.seeds, dataset.splits()
+    needed = {"data.train_split": [cfg.data.train_split], "seeds.splits": list(seeds.splits)}
+    if seeds.protocol == "val_subset":
+        needed["seeds.val_subset_split"] = [seeds.val_subset_split]
+    if "predict_seg" in cfg.stages:
+        needed["segmentation.test.splits"] = list(cfg.segmentation.test.splits)
+    looked_at = set[str]()
+    for field, splits in needed.items():
+        for split in splits:
+            if split not in there:
+                yield field, f"no split {split!r} in {dataset.root}{nearest(split, there)}"
+            elif split in looked_at:
+                continue
+            elif twice := [image_id for image_id, times in Counter(dataset.ids(split)).items() if times > 1]:
+                place = dataset.list_path(split)
+                yield field, f"{place} lists {', '.join(twice[:3])} more than once: list every image once"
+            looked_at.add(split)
 
 
 def metrics_of(cfg: TrialConfig, dataset: Dataset | None = None) -> list[str]:

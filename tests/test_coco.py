@@ -171,6 +171,12 @@ def test_a_bad_annotation_file_is_named(root: Path, edit: Any, said: str) -> Non
         open_dataset("coco", root)
 
 
+def test_two_entries_of_one_file_name_would_hide_each_others_annotations(root: Path) -> None:
+    path = change(root, lambda w: w["images"][3].update(file_name=w["images"][1]["file_name"]))
+    with pytest.raises(DataError, match=f"{path}: images 10 and 12 are both named {TRAIN[1]}, .* give each"):
+        open_dataset("coco", root)
+
+
 def test_an_annotation_that_cannot_be_drawn_or_fits_no_image(root: Path) -> None:
     def edit(whole: dict[str, Any]) -> None:
         whole["annotations"][0]["segmentation"] = [[1, 2, 3, 4, 5, 6, 7]]

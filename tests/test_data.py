@@ -362,6 +362,34 @@ def test_list_problems(root):
     ]
 
 
+def test_masks_are_missed_where_other_images_of_the_split_have_them(root):
+    (root / "SegmentationClass/4.png").unlink()
+    assert check_dataset(VocLayout(root), ["train", "val"]) == [], "val is a split without masks"
+    (root / "SegmentationClass/x-2.png").unlink()
+    assert [(Path(p.path).name, p.what) for p in check_dataset(VocLayout(root), ["train", "val"])] == [
+        ("x-2.png", "missing")
+    ]
+
+
+@pytest.mark.parametrize("suffix", [".JPG", ".PNG", ".webp", ".tif"])
+def test_a_file_of_another_suffix_is_named(root, suffix):
+    (root / "JPEGImages/cat1.jpg").rename(root / f"JPEGImages/cat1{suffix}")
+    message = rf"cat1.jpg: missing, but there is cat1\{suffix}; store it as .jpg or .jpeg or .png"
+    with pytest.raises(DataError, match=message):
+        VocLayout(root).image("cat1")
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_an_image_that_a_tag_alone_turns_is_told(root, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.new("RGB", (40, 30)).save(root / "JPEGImages/cat1.jpg", exif=exif)
+    Image.new("L", (30, 40)).save(root / "SegmentationClass/cat1.png")
+    told = "turned by an EXIF tag alone.*JPEGImages/cat1.jpg turned" if orientation == 6 else "resize or replace one"
+    with pytest.raises(DataError, match=f"30x40 pixels but its image has 40x30; .*{told}"):
+        VocLayout(root).mask("cat1")
+
+
 def test_labels_that_disagree_with_the_mask(root):
     labels = {**label_dict(), "x-2": np.array([1, 1, 0], np.float32)}
     del labels["4"]

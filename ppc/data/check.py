@@ -37,7 +37,8 @@ class Problem:
 def check_dataset(layout: Dataset, splits: Iterable[str], *, with_saliency: bool = False) -> list[Problem]:
     """Decode every listed file and compare what belongs together; every problem once, in the order of the lists.
 
-    Saliency maps are read wherever they are there; `with_saliency` makes a missing one a problem.
+    A mask is missed where any image of the split has one. Saliency maps are read wherever they are there;
+    `with_saliency` makes a missing one a problem.
     """
     found: list[Problem] = []
     lists: dict[str, list[str]] = {}
@@ -49,9 +50,10 @@ def check_dataset(layout: Dataset, splits: Iterable[str], *, with_saliency: bool
     found += [_problem(error) for error in layout.problems()]
     found += _check_lists(layout, lists)
     items = [(split, image_id) for split, ids in lists.items() for image_id in dict.fromkeys(ids)]
+    with_masks = {split for split, ids in lists.items() if any_mask(layout, split, ids)}
 
     def check(item: tuple[str, str]) -> list[Problem]:
-        return list(_check_image(layout, *item, with_saliency=with_saliency))
+        return list(_check_image(layout, *item, with_mask=item[0] in with_masks, with_saliency=with_saliency))
 
     with ThreadPoolExecutor(THREADS) as pool:
         for problems in pool.map(check, items):
@@ -77,15 +79,23 @@ def _check_lists(layout: Dataset, lists: dict[str, list[str]]) -> Iterator[Probl
             yield Problem(str(layout.list_path(split)), what, "take it off one list, or the score on val is not honest")
 
 
-def _check_image(layout: Dataset, split: str, image_id: str, *, with_saliency: bool) -> Iterator[Problem]:
+def any_mask(layout: Dataset, split: str, ids: Sequence[str]) -> bool:
+    """Whether any of these images of a split has a mask."""
+    return any(layout.has_mask(image_id, split=split) for image_id in ids)
+
+
+def _check_image(
+    layout: Dataset, split: str, image_id: str, *, with_mask: bool, with_saliency: bool
+) -> Iterator[Problem]:
     try:
         layout.image(image_id)
     except DataError as error:
         yield _problem(error)
     present: set[str] | None = None
     try:
-        mask_HW = layout.mask(image_id, split=split)
-        present = {layout.class_names[v - 1] for v in np.unique(mask_HW).tolist() if v not in (0, IGNORE)}
+        if with_mask:
+            mask_HW = layout.mask(image_id, split=split)
+            present = {layout.class_names[v - 1] for v in np.unique(mask_HW).tolist() if v not in (0, IGNORE)}
     except DataError as error:
         yield _problem(error)
     try:
@@ -126,7 +136,7 @@ def broken_images(layout: Dataset, split: str, *, with_labels: bool = True) -> d
     `with_labels` an image needs no tags: it is only predicted.
     """
     ids = list(dict.fromkeys(layout.ids(split)))
-    with_masks = any(layout.has_mask(image_id, split=split) for image_id in ids)
+    with_masks = any_mask(layout, split, ids)
 
     def check(image_id: str) -> Problem | None:
         try:

@@ -26,7 +26,7 @@ from ppc.locks import locked
 from ppc.names import check_name
 from ppc.places import HERE
 
-INDEX_VERSION = 1  # raise it when an index of the same file becomes another
+INDEX_VERSION = 2  # raise it when an index of the same file becomes another
 AGAIN = "download COCO's annotations again, or correct the file"
 Annotation = tuple[int, bool, float, Any]  # class 1..K, whether it is a crowd, area in pixels, polygons or RLE
 
@@ -137,10 +137,13 @@ def _parse(path: Path) -> tuple[list[str], list[dict[str, Any]], dict[int, list[
                 raise DataError(path, what, AGAIN)
             kept = (classes[one["category_id"]], bool(one.get("iscrowd")), float(one["area"]), one["segmentation"])
             found.setdefault(one["image_id"], []).append(kept)
-        images = whole["images"]
+        images, firsts = whole["images"], dict[str, Any]()
         for image in images:
-            check_name(Path(image["file_name"]).stem, "image")
+            image_id = check_name(Path(image["file_name"]).stem, "image")
             int(image["id"]), int(image["height"]), int(image["width"])
+            if (first := firsts.setdefault(image_id, image)) is not image:
+                what = f"images {first['id']} and {image['id']} are both named {image_id}, which is their id here"
+                raise DataError(path, what, "give each a file name of its own, or keep one entry with all annotations")
         return [str(category["name"]) for category in categories], images, found
     except DataError:
         raise

@@ -9,12 +9,13 @@ import struct
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image
 
 from ppc.data.labels import DataError, check_classes
 from ppc.names import check_name
@@ -23,6 +24,8 @@ from ppc.places import file_sha256
 IGNORE = 255
 OR_SKIP = "or leave all such images out: data.on_broken=skip (ppc data check names them)"
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png")
+OTHER_SUFFIXES = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".jpg", ".jpeg", ".png", ".npy")  # that are not looked for
+TURNED = (5, 6, 7, 8)  # of EXIF's orientations those by which a viewer swaps the sides of an image
 DECODE_ERRORS = (
     OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError,
 )  # fmt: skip
@@ -156,6 +159,11 @@ class Dataset(ABC):
             path = folder / f"{image_id}{suffix}"
             if path.is_file():
                 return path
+        for suffix in (*map(str.upper, suffixes), *OTHER_SUFFIXES):
+            if (folder / f"{image_id}{suffix}").is_file():
+                what = f"missing, but there is {image_id}{suffix}"
+                remedy = f"store it as {' or '.join(suffixes)}"
+                raise DataError(folder / f"{image_id}{suffixes[0]}", what, remedy, of_image=of_image)
         raise DataError(folder / f"{image_id}{suffixes[0]}", "missing", remedy, of_image=of_image)
 
     # -- contents
@@ -207,11 +215,12 @@ class Dataset(ABC):
         """DataError naming both files when a map (rows, columns) has not its image's size."""
         height, width = self.image_size(image_id)
         if shape != (height, width):
+            image = self.image_path(image_id)
+            remedy = f"resize or replace one of the two (the image: {image})"
+            if shape == (width, height) and _is_turned(image):
+                remedy = f"its image is turned by an EXIF tag alone, which is not read: store {image} turned"
             raise DataError(
-                path,
-                f"{shape[1]}x{shape[0]} pixels but its image has {width}x{height}",
-                f"resize or replace one of the two (the image: {self.image_path(image_id)})",
-                of_image=of_image,
+                path, f"{shape[1]}x{shape[0]} pixels but its image has {width}x{height}", remedy, of_image=of_image
             )
 
 
@@ -225,6 +234,12 @@ def decode(path: Path, convert: Callable[[Image.Image], Any], *, of_image: bool 
         raise
     except DECODE_ERRORS as error:
         raise _broken(path, error, of_image=of_image) from error
+
+
+def _is_turned(path: Path) -> bool:
+    with suppress(*DECODE_ERRORS), Image.open(path) as image:
+        return image.getexif().get(ExifTags.Base.Orientation) in TURNED
+    return False
 
 
 def _broken(path: Path, error: BaseException, *, of_image: bool = True) -> DataError:
