@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -134,8 +135,8 @@ def study_launch(
     """Run all trials of a study that have no result yet. Launching again goes on where it stopped."""
     refuse_job_server(address, f"ppc submit {file}")
     refuse_beside_local(local, address, num_cpus, tracking)
-    from ppc.checks import check_trial
-    from ppc.definition import define, define_search
+    from ppc.checks import check_trial, metrics_of
+    from ppc.definition import define, define_search, undecided
     from ppc.launch import Where
     from ppc.loading import load_study, of_trial
     from ppc.published import check_published
@@ -158,6 +159,8 @@ def study_launch(
             search = start(study, base, None)
             specs = search.specs(search.rounds[0])
         for spec in specs:
+            if (problem := undecided(study.metric, spec.config, metrics_of(spec.config))) is not None:
+                raise ValueError(f"{spec.variant}: {problem}")
             factors = ", ".join(f"{path}={value}" for path, value in spec.factors.items())
             console.print(f"{spec.variant}  seed {spec.seed}  {factors}", **AS_IT_IS)
         console.print(f"{len(specs)} trials", **AS_IT_IS)
@@ -286,7 +289,7 @@ def study_list(
     if as_json:
         print(json.dumps(as_data(found), indent=1))
         return
-    print(*(overview_lines(found) if found else [f"no study in {store.root}"]), sep="\n")
+    print(*(overview_lines(found) if found else [store.no_study()]), sep="\n")
     for problem in problems:
         print(problem, file=sys.stderr)
 
@@ -307,7 +310,7 @@ def sync(
     names = store.study_names() if name is None else [name]
     sync_studies(store, names, tracking, lambda text: console.print(text, **AS_IT_IS))
     if not names:
-        console.print(f"no study in {store.root}", **AS_IT_IS)
+        console.print(store.no_study(), **AS_IT_IS)
 
 
 @data_app.command("make-scenes")
@@ -337,15 +340,20 @@ def check(
     saliency: Annotated[bool, typer.Option("--saliency", help="A missing saliency map is a problem too.")] = False,
 ) -> None:
     """List what is missing or broken, file by file. Exit code 1 when anything is."""
-    from ppc.data import open_dataset
-    from ppc.data.check import check_dataset
+    from ppc.data import DataError, open_dataset
+    from ppc.data.check import any_mask, check_dataset
 
     dataset = open_dataset("voc" if name == "scenes" else name, root, labels=labels)  # scenes are not to be made here
     problems = check_dataset(dataset, splits, with_saliency=saliency)
     for problem in problems:
         console.print(str(problem), **AS_IT_IS)
-    sizes = ", ".join(f"{split} {len(dataset.ids(split))}" for split in splits if split in dataset.splits())
-    console.print(f"{root}: {sizes} images; {len(problems)} problem(s)", **AS_IT_IS)
+    sizes = list[str]()
+    for split in splits:
+        with suppress(DataError):  # one of the problems
+            ids = dataset.ids(split)
+            masks = "" if any_mask(dataset, split, ids) else " (no masks)"
+            sizes.append(f"{split} {len(ids)}{masks}")
+    console.print(f"{root}: {', '.join(sizes) or 'no'} images; {len(problems)} problem(s)", **AS_IT_IS)
     raise typer.Exit(1 if problems else 0)
 
 

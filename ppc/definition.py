@@ -13,10 +13,12 @@ from rich.console import Console
 
 from ppc import __version__, changes
 from ppc.artifacts import Storage, now_ms, read_json, write_json
+from ppc.checks import metrics_of
+from ppc.config import TrialConfig
 from ppc.ledger import TrialRow, missing, read_rows
 from ppc.names import nearest
 from ppc.planning import Planner, data_name
-from ppc.published import is_iou
+from ppc.published import is_iou, metric_split
 from ppc.published import saved as saved_rows
 from ppc.redact import AS_IT_IS
 from ppc.resources import change_runtime
@@ -44,6 +46,26 @@ def code_version() -> dict[str, Any]:
     return {"version": __version__, "commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
 
 
+def undecided(metric: str, cfg: TrialConfig, there: Sequence[str]) -> str | None:
+    """Why a metric cannot decide a study, of whose trials `cfg` is one and gives the metrics `there`."""
+    ious = [name for name in there if is_iou(name)]
+    if not ious and (unmasked := [name for name in metrics_of(cfg) if is_iou(name)]):
+        splits = ", ".join(dict.fromkeys(filter(None, map(metric_split, unmasked))))
+        return (
+            f"metric: no mIoU can be measured: the data has no masks of {splits}; add masks of a few images, as a "
+            "split of their own, or run its trials one by one (ppc run FILE), which asks for none"
+        )
+    if metric not in there:
+        return f"metric: these stages and splits give no {metric!r}{nearest(metric, ious)}"
+    if not is_iou(metric):
+        listed = f" ({', '.join(ious)})" if ious else ""
+        return (
+            f"metric: the largest mean of it is called the best, so {metric!r} cannot decide; take a mIoU{listed}, and "
+            "name it among the columns"
+        )
+    return None
+
+
 def define(
     study: StudyConfig,
     specs: Sequence[TrialSpec],
@@ -53,12 +75,14 @@ def define(
     any_metric: bool = False,
     twin: Twin = "full",
 ) -> dict[str, Any]:
-    """The study's list of trials with their keys: what `study.json` holds. Reads data and weights, writes nothing.
+    """The study's list of trials with their keys: what `study.json` holds. Reads data and weights, and writes nothing
+    but generated scenes; ValueError for a storage that cannot be written.
 
-    Generated scenes are made. All that keeps a trial from being planned is in one ValueError. A trial of the same key
+    All that keeps a trial from being planned is in one ValueError. A trial of the same key
     as one before it cannot be told from it: its entry names that one's variant under `same_as`. With `any_metric`, a
     metric that the trials do not have is replaced by one that the last of them has.
     """
+    storage.check_writable()
     planner, trials, data, metric = Planner(storage), list[dict[str, Any]](), {}, study.metric
     problems, firsts = dict[str, list[str]](), dict[str, str]()
     for spec in specs:
@@ -70,14 +94,8 @@ def define(
             continue
         if metric not in plan.metrics and any_metric:
             metric = (plan.metrics or [metric])[-1]
-        elif metric not in plan.metrics:
-            text = f"metric: these stages and splits give no {metric!r}{nearest(metric, plan.metrics)}"
-            problems.setdefault(text, []).append(spec.variant)
-        elif not is_iou(metric) and not any_metric:
-            ious = [name for name in plan.metrics if is_iou(name)]
-            text = f"metric: the largest mean of it is called the best, so {metric!r} cannot decide; take a mIoU"
-            text += f" ({', '.join(ious)})" if ious else ""
-            problems.setdefault(f"{text}, and name it among the columns", []).append(spec.variant)
+        elif not any_metric and (problem := undecided(metric, plan.config, plan.metrics)) is not None:
+            problems.setdefault(problem, []).append(spec.variant)
         if (problem := metric_problem(study.early_stopping, plan.config)) is not None:
             problems.setdefault(problem, []).append(spec.variant)
         section = plan.config.data
@@ -145,7 +163,6 @@ def save(definition: dict[str, Any], storage: Storage) -> list[str]:
 
     A study that is there keeps its date of creation, and results of trials stay on storage in any case.
     """
-    storage.check_writable()
     folder = storage.study(definition["name"])
     before = read_json(folder.path / "study.json")
     differences = list[str]()
@@ -170,7 +187,7 @@ def as_today(
         if not accept:
             raise ValueError(changes.refusal(drift, study, code))
         study, keys = changes.accept(planner, study, keys, drift, code=code)
-    if runtime and (changed := change_runtime(study, sorted(keys), runtime)) and keys:
+    if runtime and (changed := change_runtime(study, sorted(keys), runtime)) and keys:  # its names are checked anyway
         study = changed
         changes.look(planner, study, keys)  # ValueError for a batch that these workers cannot share
     return study, keys

@@ -182,6 +182,8 @@ def split_override(item: Override) -> tuple[str, Any, str]:
     path, sign, text = item.partition("=")
     if not sign or not path.strip():
         raise ConfigError([Problem(f"--set {item}", "", "expected FIELD=VALUE, such as train.epochs=4")])
+    if not text.strip():  # YAML's null, which a shell's empty variable does not mean
+        raise ConfigError([Problem(f"--set {item}", path.strip(), "no value; write null for none, or '' for no text")])
     return path.strip(), parse(text, f"--set {item}"), f"--set {item}"
 
 

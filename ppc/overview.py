@@ -11,6 +11,7 @@ from typing import Any
 from ppc.artifacts import Storage
 from ppc.costs import trial_cost
 from ppc.ledger import counts, read_rows
+from ppc.published import is_iou
 from ppc.report import align, number
 
 COLUMNS = ("study", "trials", "GPU h", "CPU h", "launched", "last activity", "best so far")
@@ -53,7 +54,7 @@ def _overview(storage: Storage, study: dict[str, Any]) -> Overview:
         if values:
             means[variant] = fmean(values)
     active = [t for row in rows for t in (row.started_ms, row.ended_ms) if t is not None]
-    best = max(means, key=lambda variant: means[variant], default=None)
+    best = max(means, key=lambda variant: means[variant], default=None) if is_iou(study["metric"]) else None
     return Overview(
         study["name"], counts(rows), sum(gpu for _, gpu in costs), sum(cpu for cpu, _ in costs), study["created_ms"],
         max(active, default=None), study["metric"], None if best is None else (best, means[best]),

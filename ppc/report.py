@@ -74,7 +74,8 @@ def report_of(storage: Storage, study: dict[str, Any], rows: Sequence[TrialRow])
         for name in dict.fromkeys([metric, *shown, *filter(is_iou, names)])
     }
     decides = statistics.pop(metric)
-    best = max((s.mean for s in decides if s.mean is not None), default=None)
+    means = [s.mean for s in decides if s.mean is not None]
+    best = max(means, default=None) if is_iou(metric) else None  # `ppc run` takes any metric where there are no masks
     tests = against_baseline(
         {variant: found.get(metric, {}) for variant, found in values.items()}, study["baseline"], _twins(rows)
     )

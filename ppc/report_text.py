@@ -86,7 +86,8 @@ def print_report(report: Report, console: Console) -> None:
             row[columns(report).index(report.metric)] += " *" if line.best else ""
         for text in align([columns(report), *table_cells]):
             console.print(text, **AS_IT_IS)
-        console.print("* the best mean, in its column", **AS_IT_IS)
+        if any(line.best for line in report.lines):
+            console.print("* the best mean, in its column", **AS_IT_IS)
     others = others_table(report.other_methods, report.published)
     for text in [*(align(others) if others else []), *source_lines(report), *remarks(report)]:
         console.print(text, **AS_IT_IS)

@@ -113,6 +113,12 @@ def test_dry_run_prints_the_trials_and_writes_nothing(tmp_path: Path, ppc) -> No
         ),
         (["run", STUDIES[0]], "ppc study launch"),
         (["study", "launch", TRIALS[0]], "ppc run"),
+        (
+            ["study", "launch", STUDIES[0], "--dry-run", "--set", "metric=mask_miou_tain"],
+            "no 'mask_miou_tain'; did you mean",
+        ),
+        (["study", "launch", STUDIES[0], "--dry-run", "--set", "metric=bg_score"], "cannot decide; take a mIoU"),
+        (["run", TRIALS[0], "--set", "train.epochs="], "--set train.epochs=: train.epochs: no value; write null"),
         (["study", "status", "unknown"], "no study 'unknown'"),
         (["report", "unknown"], "no study 'unknown'"),
         (["data", "check", "no/such/folder"], "no/such/folder"),
@@ -129,8 +135,9 @@ def test_a_mistake_is_one_clear_error(words: list[str], said: str, tmp_path: Pat
 def test_a_storage_that_cannot_be_written_is_named(tmp_path: Path, ppc) -> None:  # noqa: ANN001
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    code, _, err = ppc("run", TRIALS[0], "--tiny", "--local", "--storage", blocked)
-    assert code == 2 and str(blocked) in err
+    for words in (["run", TRIALS[0]], ["study", "launch", STUDIES[0]]):
+        code, _, err = ppc(*words, "--tiny", "--local", "--storage", blocked)
+        assert code == 2 and f"storage {blocked} cannot be written" in err and "pass --storage PLACE" in err
 
 
 def test_data_commands(tmp_path: Path, ppc) -> None:  # noqa: ANN001

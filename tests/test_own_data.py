@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import pickle
 import re
+import shutil
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -16,9 +18,9 @@ from tiny_run import tiny_config
 from typer.testing import CliRunner
 
 from ppc import data as data_module
-from ppc.artifacts import Storage
+from ppc.artifacts import Storage, write_json
 from ppc.cli import app
-from ppc.data import DATASETS, Dataset, coco_index
+from ppc.data import DATASETS, Dataset, coco_index, open_dataset
 from ppc.data.check import broken_images, check_dataset, fingerprint
 from ppc.figures import read_palette_png
 from ppc.ledger import FAILED
@@ -234,3 +236,48 @@ def test_the_example_of_the_guide_runs_a_trial(tmp_path: Path, monkeypatch: pyte
     storage = Storage(tmp_path / "storage")
     plan = planned(storage, root, "voc", **{"train.batch_size": 3, "method.name": "cam", "contrast.prototype_top_k": 0})
     assert run(storage, plan)["counts"] == {"train": 3}
+
+
+def test_a_list_that_names_an_image_twice_is_refused(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "mine")
+    ids = open_dataset("folder", root).ids("train")
+    (root / "own.txt").write_text("".join(f"{name}\n" for name in [*ids, ids[1]]), encoding="utf-8")
+    changes = {"data.train_split": "own", "seeds.splits": ["own"]}
+    with pytest.raises(ValueError, match=rf"data.train_split: {root}/own.txt lists {ids[1]} more than once") as error:
+        planned(Storage(tmp_path / "s"), root, "folder", **changes)
+    assert str(error.value).count("more than once") == 1
+
+
+@pytest.fixture
+def maskless(tmp_path: Path) -> tuple[list[str], Path]:
+    """A study of two seeds on a folder without masks: its words for the command line, its file."""
+    root = make_folder(tmp_path / "mine")
+    shutil.rmtree(root / "masks")
+    base = f"{{data: {{name: folder, root: {root}}}, seeds: {{splits: [train], protocol: fixed}}}}"
+    file = tmp_path / "mine.yaml"
+    file.write_text(f"name: mine\nbase: {base}\ndesign: {{kind: list, variants: [{{name: one}}]}}\n")
+    return ["study", "launch", str(file), "--local", "--storage", str(tmp_path / "s")], root
+
+
+@pytest.mark.parametrize("metric", ["mask_miou_train", "silent_maps_train", "mask_miou_tain"])
+def test_a_study_of_data_without_masks_is_told_what_it_lacks(metric: str, maskless: tuple[list[str], Path]) -> None:
+    words, _ = maskless
+    ran = CliRunner().invoke(app, [*words, "--set", f"metric={metric}", "--set", "train.batch_size=4"])
+    told = str(ran.exception)
+    assert isinstance(ran.exception, ValueError) and "no mIoU can be measured: the data has no masks of train" in told
+    assert "add masks of a few images" in told and "ppc run FILE" in told and "did you mean" not in told
+
+
+def test_one_trial_on_data_without_masks_has_no_best(maskless: tuple[list[str], Path], tmp_path: Path) -> None:
+    words, root = maskless
+    ran = CliRunner().invoke(app, ["data", "check", str(root), "--name", "folder"])
+    assert ran.exit_code == 0 and "train 6 (no masks), val 2 (no masks) images; 0 problem(s)" in " ".join(
+        ran.output.split()
+    )
+    plan = planned(Storage(tmp_path / "s"), root, "folder", **{"seeds.protocol": "fixed"})
+    write_json(tmp_path / "one.yaml", plan.config.model_dump(mode="json"))
+    ran = CliRunner().invoke(app, ["run", str(tmp_path / "one.yaml"), *words[3:]])
+    assert ran.exit_code == 0, (ran.output, ran.exception)
+    assert "silent_maps_train" in ran.output and "best" not in ran.output
+    listed = CliRunner().invoke(app, ["study", "list", "--json", *words[4:]])
+    assert json.loads(listed.output)[0]["best_variant"] is None
