@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ppc.artifacts import Storage, now_ms, read_json, write_json
+from ppc.figures import decode_palette_png
 from ppc.gallery import TITLES, TrialPictures, best_variant, pick_row
 from ppc.ledger import TrialRow, make_again, read_rows
 from ppc.places import atomic_write, read_bytes
+from ppc.stages.make_seeds import decode_cam
 from ppc.stages.products import PRODUCTS, splits_of
 
 MADE_BY = "ppc export"
@@ -109,6 +111,10 @@ def _export(
             raise ValueError(
                 f"{path} is missing, though its stage is done; {make_again(storage, trial.row, trial.folders[stage])}"
             ) from None
+        if source.suffix == ".png":
+            decode_palette_png(content, path)  # ValueError for a damaged one, which others would train on
+        elif decode_cam(content) is None:
+            raise ValueError(f"{path} is damaged; {make_again(storage, trial.row, trial.folders[stage])}")
         target = out / source.into / path.name
         if not target.is_file() or target.read_bytes() != content:
             with atomic_write(target, durable=False) as handle:

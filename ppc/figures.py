@@ -84,7 +84,11 @@ def palette_png(label_HW: Array, path: StoragePath) -> None:
 def read_palette_png(path: StoragePath) -> Array:
     """Labels of a palette or greyscale PNG, (H, W) uint8; ValueError for a damaged file, and for a colour image, whose
     labels are lost."""
-    data = read_bytes(path)
+    return decode_palette_png(read_bytes(path), path)
+
+
+def decode_palette_png(data: bytes, path: StoragePath) -> Array:
+    """`read_palette_png` of a file's contents; `path` is named in its errors."""
     try:
         with Image.open(BytesIO(data)) as image:
             if image.mode not in ("P", "L"):

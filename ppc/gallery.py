@@ -20,7 +20,7 @@ from ppc.artifacts import StageDir, Storage
 from ppc.config import TrialConfig
 from ppc.data import DataError
 from ppc.figures import IGNORE, overlay, picture_grid, read_palette_png
-from ppc.ledger import FINISHED, TrialRow, read_rows, stage_dirs
+from ppc.ledger import FINISHED, TrialRow, make_again, read_rows, stage_dirs
 from ppc.names import check_name
 from ppc.places import StoragePath, atomic_write, size_of
 from ppc.planning import open_data
@@ -46,7 +46,8 @@ def pick_row(rows: Sequence[TrialRow], variant: str | None, seed: int | None) ->
         if row.state == FINISHED and variant in (None, row.variant) and seed in (None, row.seed):
             return row
     have = ", ".join(row.label for row in rows if row.state == FINISHED) or "none"
-    raise ValueError(f"no finished trial of variant {variant}, seed {seed}; finished: {have}")
+    asked = [f"variant {variant}"] * (variant is not None) + [f"seed {seed}"] * (seed is not None)
+    raise ValueError(f"no finished trial{' of ' if asked else ''}{', '.join(asked)}; finished: {have}")
 
 
 def best_variant(study: dict[str, Any], rows: Sequence[TrialRow], *, besides: str | None = None) -> str | None:
@@ -181,7 +182,10 @@ def gallery(storage: Storage, row: TrialRow, image_ids: Sequence[str] = ()) -> P
     for index, image_id in enumerate(image_ids):
         trial.split_of(image_id)
         if all(cells[index] is None for cells in columns.values()):
-            raise ValueError(f"nothing of image {image_id} was made by trial {row.label}")
+            lost = trial.folders[PRODUCTS[trial.products[0]][0]]
+            raise ValueError(
+                f"all that trial {row.label} made of image {image_id} is gone; {make_again(storage, row, lost)}"
+            )
     images: dict[str, list[Picture | None]] = {"image": [trial.image(image_id) for image_id in image_ids]}
     truth = {"truth": [trial.truth(image_id) for image_id in image_ids]}
     return trial.grid({**images, **columns, **truth}, image_ids, f"trial {row.label}")
@@ -309,7 +313,10 @@ def draw_study(
 
 
 def save_picture(picture: Picture, path: StoragePath, *, small: bool = False) -> None:
-    """Write a picture as PNG; a `small` one has 256 colours, and under half of the bytes."""
+    """Write a picture as PNG; a `small` one has 256 colours, and under half of the bytes. ValueError for a path that
+    names something else."""
+    if path.suffix.lower() != ".png" or path.is_dir():
+        raise ValueError(f"{path}: a picture is written as PNG; name a file that ends in .png")
     image = Image.fromarray(picture)
     if small:
         # of the palettes that Pillow makes, the one that keeps rare colours, and then moves to the frequent ones

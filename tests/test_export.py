@@ -89,7 +89,7 @@ def test_seeds_differ_from_masks_and_a_product_that_is_not_there_is_named(ran: S
         export_masks(ran, "k", tmp_path / "irn", seed=0, product="irn_mask")
     with pytest.raises(ValueError, match="--split val: mask of trial .* is made of train"):
         export_masks(ran, "k", tmp_path / "irn", splits=["train", "val"])
-    with pytest.raises(ValueError, match="variant full, seed None; finished: prototype_top_k=4 s=0"):
+    with pytest.raises(ValueError, match="no finished trial of variant full; finished: prototype_top_k=4 s=0"):
         export_masks(ran, "k", tmp_path / "irn", variant="full")
     assert not (tmp_path / "irn").exists()
 
@@ -176,3 +176,17 @@ def test_the_commands(ran: Storage, tmp_path: Path) -> None:
     assert done.exit_code == 0 and "cam of prototype_top_k=4 s=0" in done.output
     done = CliRunner().invoke(app, ["export", "masks", "absent", str(tmp_path / "c"), *storage])
     assert isinstance(done.exception, ValueError) and "no study 'absent'" in str(done.exception)
+
+
+@pytest.mark.parametrize(("stage", "folder"), [("refine_crf", "masks"), ("make_seeds", "cams")])
+def test_a_damaged_file_is_not_handed_on(stage: str, folder: str, ran: Storage, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "copy")
+    shutil.copytree(ran.root, storage.root)
+    row = rows_of(storage)[0]
+    key = next(one["key"] for one in row.stages if one["name"] == stage)
+    damaged = max((Path(storage.root) / "stages" / stage / key / folder).iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-30])
+    export = export_masks if folder == "masks" else export_cams
+    with pytest.raises(ValueError, match=f"{damaged} is .*; delete {damaged.parents[1]}"):
+        export(storage, "k", tmp_path / "out", seed=0)
+    assert told(tmp_path / "out")["complete"] is False

@@ -213,11 +213,12 @@ def test_the_command_draws_each_kind(
         (["--image", "2007_000032"], "no image 2007_000032 in train"),
         (["--kind", "cams", "--image", "../x"], "image '../x'"),
         (["--kind", "cams", "--variant", "prototype_top_k=9"], "no finished trial of variant prototype_top_k=9"),
-        (["--seed", "7"], f"seed 7; finished: {K0} s=0, {K4} s=0"),
+        (["--seed", "7"], f"no finished trial of seed 7; finished: {K0} s=0, {K4} s=0"),
         (["--kind", "predictions", "--product", "seg"], "makes seed, mask"),
         (["--product", "mask"], "for kind predictions alone"),
         (["--kind", "table"], "there are stages, cams, predictions"),
         (["--variant", K0, "--variant", K4], "name one variant"),
+        (["--seed", "7", "--kind", "cams"], "no finished trial of variant"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_error(
@@ -232,6 +233,17 @@ def test_what_cannot_be_drawn_is_one_error(
     code, text = ppc("figure", "k", out, *words, "--storage", ran.root, monkeypatch=monkeypatch, capfd=capfd)
     assert code == 2 and said in text and "Traceback" not in text, text
     assert not out.exists()
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x", "folder", "folder.png"])
+def test_a_picture_goes_into_a_png(
+    name: str, ran: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("folder", "folder.png"):
+        (tmp_path / folder).mkdir()
+    words = ["figure", "k", tmp_path / name, "--storage", ran.root]
+    code, said = ppc(*words, monkeypatch=monkeypatch, capfd=capfd)
+    assert code == 2 and f"{tmp_path / name}: a picture is written as PNG; name a file that ends in .png" in said
 
 
 # -- at the end of a launch

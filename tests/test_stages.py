@@ -252,7 +252,10 @@ def test_what_is_damaged_under_a_finished_stage_is_named(storage: Storage, scene
     weights = folders_of(own, plan)["train_cam"] / "weights.pt"
     weights.write_bytes(weights.read_bytes()[:1000])
     other = Planner(own).plan(tiny_config({"seeds.scales": [1.0, 1.5]}, scenes))
-    with pytest.raises(ValueError, match=r"weights.pt does not hold this trial's net .*delete its folder"):
+    with pytest.raises(ValueError, match=r"weights.pt is damaged .*; delete its folder"):
+        run_plan(own, other)
+    weights.unlink()
+    with pytest.raises(ValueError, match=r"weights.pt is missing, though its stage is done; delete its folder"):
         run_plan(own, other)
 
 

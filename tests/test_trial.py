@@ -458,5 +458,5 @@ def test_damaged_weights_of_a_finished_stage_are_named(scenes: Path, storage: St
     content = bytearray((storage.stage(*plan.stages[0]) / "weights.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (storage.stage(*plan.stages[0]) / "weights.pt").write_bytes(content)
-    with pytest.raises(ValueError, match="does not hold this trial's net.*checksum"):
+    with pytest.raises(ValueError, match="weights.pt is damaged .checksum of .*delete its folder"):
         run_plan(plan, storage)

@@ -22,7 +22,6 @@ from ppc.cam import NormRule, merge_scales, seed_from_cam
 from ppc.config import TrialConfig
 from ppc.data import Dataset
 from ppc.data.labels import DataError
-from ppc.faults import StorageError
 from ppc.figures import overlay, palette_png
 from ppc.methods import METHODS, ClassMaps, class_maps
 from ppc.metrics import (
@@ -238,10 +237,16 @@ def infer_cam(
 def read_cam(path: StoragePath) -> tuple[Any, Any] | None:
     """Keys and CAM of an image, or None when the file is missing or broken."""
     try:
-        with np.load(BytesIO(read_bytes(path))) as stored:
+        return decode_cam(read_bytes(path))
+    except FileNotFoundError:
+        return None
+
+
+def decode_cam(data: bytes) -> tuple[Any, Any] | None:
+    """`read_cam` of a file's contents."""
+    try:
+        with np.load(BytesIO(data)) as stored:
             return stored["keys"], stored["cam"]
-    except StorageError:
-        raise
     except (EOFError, ValueError, KeyError, OSError, BadZipFile, zlib.error):
         return None
 

@@ -19,7 +19,6 @@ from ppc.base_config import OptimConfig
 from ppc.config import TrialConfig
 from ppc.data import Dataset
 from ppc.data.loader import Loader, TrainSet
-from ppc.faults import StorageError
 from ppc.locks import locked
 from ppc.normalisation import Normalisation
 from ppc.optim import effective_momentum, make_sgd, param_groups
@@ -137,15 +136,22 @@ def save_net(net: nn.Module, path: StoragePath) -> None:
 def load_trained(net: nn.Module, path: StoragePath, device: torch.device) -> Normalisation:
     """Load `weights.pt` into a net and put it in eval mode on the device; the input normalisation it was trained with.
 
-    ValueError when the file is damaged or holds another net.
+    ValueError when the file is gone, is damaged or holds another net.
     """
+    again = "delete its folder and run again"
     try:
-        state = load_checked(BytesIO(read_bytes(path)), torch.device("cpu"))
+        content = read_bytes(path)
+    except FileNotFoundError:
+        raise ValueError(f"{path} is missing, though its stage is done; {again}") from None
+    try:
+        state = load_checked(BytesIO(content), torch.device("cpu"))
+    except (RuntimeError, EOFError, OSError, UnpicklingError, BadZipFile) as error:
+        told = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path} is damaged ({told}); {again}") from error
+    try:
         net.load_state_dict(state["net"])
         normalisation = Normalisation.from_dict(state["normalisation"])
-    except StorageError:
-        raise
-    except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError, BadZipFile) as error:
-        raise ValueError(f"{path} does not hold this trial's net ({error}); delete its folder and run again") from error
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} does not hold this trial's net ({error}); {again}") from error
     net.to(device).eval()
     return normalisation
