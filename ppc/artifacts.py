@@ -299,7 +299,7 @@ class StudyDir:
         """The study as it was launched; ValueError when there is none of that name, or a damaged one."""
         path = self.path / "study.json"
         study = read_json(path)
-        if not isinstance(study, dict) and size_of(path) is not None:
+        if size_of(path) is not None and not (isinstance(study, dict) and {"trials", "created_ms"} <= study.keys()):
             raise ValueError(
                 f"{path} is damaged; launch its file again (ppc study launch FILE): what is finished is not run again"
             )
@@ -353,6 +353,11 @@ class Storage:
     def study_names(self) -> list[str]:
         """Names of the launched studies, sorted; also of those whose file is damaged."""
         return _launched(self.root / "studies")
+
+    def no_study(self) -> str:
+        """What to say where nothing was launched: perhaps another place was meant."""
+        unmade = isinstance(self.root, Path) and not self.root.is_dir()
+        return f"no study in {self.root}" + (", which does not exist" if unmade else "")
 
     def study(self, name: str) -> StudyDir:
         """Folder of a study. ValueError for a name that leads out of it, here and below."""

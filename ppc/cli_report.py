@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import tempfile
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -50,11 +53,17 @@ def report(
     store = Storage.at(storage or DEFAULT_STORAGE)
     if name is None:
         rows = best_table(store)
-        empty = f"no study in {store.root}\n"
+        empty = f"{store.no_study()}\n"
         print(empty if len(rows) == 1 else (as_markdown if formats else as_text)(rows), end="")
         return
     built = build_report(store, name)
-    files = {path.suffix[1:]: path for path in write_report(built, store.study(name).path / "report", store)}
+    try:
+        written = write_report(built, store.study(name).path / "report", store)
+    except OSError as error:  # the table is wanted all the same
+        elsewhere = Path(tempfile.mkdtemp(prefix=f"ppc-report-{name}-"))
+        print(f"{error}; the report is in {elsewhere}", file=sys.stderr)
+        written = write_report(built, elsewhere, store)
+    files = {path.suffix[1:]: path for path in written}
     for one in formats:
         path = files[FORMATS[one]]
         print(path if one == "html" else read_bytes(path).decode().rstrip("\n"))

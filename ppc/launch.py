@@ -299,9 +299,10 @@ def _say_end(
         if row.error:
             path = storage.trial(row.key).path / "error.json"
             console.print(f"traceback of {row.label}: {path}", **AS_IT_IS)
-    flag = f" --storage {storage.root}"
+    flag, how = f" --storage {storage.root}", " --local" if where.local else ""
+    how += f" --max-concurrent {where.max_concurrent}" if where.max_concurrent else ""
     if any(row.state not in (FINISHED, STOPPED) for row in rows):
-        console.print(f"run what is missing: {command()} study resume {study['name']}{flag}", **AS_IT_IS)
+        console.print(f"run what is missing: {command()} study resume {study['name']}{flag}{how}", **AS_IT_IS)
     if loop.problem:
         console.print(f"{loop.problem}\n  send it later: ppc sync {study['name']}{flag}", **AS_IT_IS)
     for path in files:

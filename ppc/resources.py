@@ -21,6 +21,7 @@ def change_runtime(study: dict[str, Any], keys: Collection[str], sets: Sequence[
             f"--set {other[0]}: a resume changes fields of `runtime` alone; {other[0]} makes another trial: set it in "
             "the study's file and launch that (ppc study launch FILE)"
         )
+    override_all({}, sets)  # ConfigError for a name that is no field, also where no trial is left
     trials = []
     for entry in study["trials"]:
         if entry["key"] in keys:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ppc.base_config import Section
 
@@ -14,8 +14,15 @@ Twin = Literal["full", "tiny", "scenes"]  # of a study: as written, for seconds,
 class Variant(Section):
     """A named row of a `list`, `ladder` or `leave_one_out` design."""
 
-    name: str = Field(min_length=1)
+    name: str = Field(min_length=1, description="one line of text")
     set: dict[str, Any] = Field(default_factory=dict, description="dotted field -> value")
+
+    @field_validator("name")
+    @classmethod
+    def _one_line(cls, name: str) -> str:
+        if not name.isprintable():
+            raise ValueError("should be one line of text")
+        return name
 
 
 class AxisRange(Section):

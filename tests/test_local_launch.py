@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -18,13 +19,15 @@ import pytest
 from rich.console import Console
 from tiny_study import QUIET, make_study
 
+import ppc.launch
+import ppc.ledger
 import ppc.local_study
 import ppc.stages
-from ppc.artifacts import Storage
+from ppc.artifacts import Storage, now_ms
 from ppc.checks import check_trial
 from ppc.definition import define
 from ppc.launch import Where, command, launch_lock, run_study
-from ppc.ledger import FAILED, FINISHED, KILLED, PENDING, RUNNING, read_rows
+from ppc.ledger import FAILED, FINISHED, INTERRUPTED, KILLED, PENDING, RUNNING, read_rows
 from ppc.study import baseline, expand
 from ppc.study_config import StudyConfig
 
@@ -52,6 +55,34 @@ def test_a_refused_launch_changes_nothing(tmp_path: Path) -> None:
     assert done.returncode != 0 and f"pid {os.getpid()}" in done.stderr
     assert (storage.study("k").path / "study.json").read_bytes() == before
     assert [row.state for row in read_rows(storage, study)] == [PENDING]
+
+
+@pytest.mark.parametrize("beats", [True, False])
+def test_a_trial_of_another_host_is_waited_for_until_it_is_known_to_live_or_not(
+    beats: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = Storage(tmp_path)
+    study = make_study(storage, k=[4], seeds=[0])
+    trial = storage.trial(study["trials"][0]["key"])
+    trial.write_state(state=RUNNING, host="elsewhere", pid=1, attempt=1, heartbeat_ms=now_ms())
+    monkeypatch.setattr(ppc.launch, "SETTLE_S", 1.0)
+    monkeypatch.setattr(ppc.ledger, "STALE_S", 2.0)
+    stop = threading.Event()
+
+    def beat() -> None:
+        while beats and not stop.wait(0.05):
+            trial.write_state(heartbeat_ms=now_ms())
+
+    heart = threading.Thread(target=beat)
+    heart.start()
+    start_s = time.monotonic()
+    try:
+        rows = ppc.launch._settled(storage, study)
+    finally:
+        stop.set()
+        heart.join()
+    assert time.monotonic() - start_s >= (1.0 if beats else 1.9)
+    assert [row.state for row in rows] == [RUNNING if beats else INTERRUPTED]
 
 
 def test_resume_refuses_keys_that_are_no_longer_true(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,7 +213,7 @@ def test_brackets_in_names_and_paths_are_printed_as_they_are(tmp_path: Path) -> 
     out = io.StringIO()
     assert run_study(storage, "k", HERE, Console(file=out, width=4000)) == 1
     text = out.getvalue()
-    assert f"study resume k --storage {storage.root}" in text and f"report: {storage.root}" in text
+    assert f"study resume k --storage {storage.root} --local\n" in text and f"report: {storage.root}" in text
     assert f"ui k --storage {storage.root}" in text
     assert f"traceback of prototype_top_k=4 s=0: {storage.root}" in text
 

@@ -46,6 +46,24 @@ def test_a_stage_is_paid_for_once(tmp_path: Path) -> None:
     assert as_data([found["a"]])[0]["best_mean"] == row.metric("mask_miou_train")
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", '{"trials": []}'])
+def test_a_file_of_something_else_costs_no_other_study(content: str, tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    make_study(storage, name="good", k=[4], seeds=[0])
+    (tmp_path / "studies" / "odd").mkdir()
+    (tmp_path / "studies" / "odd" / "study.json").write_text(content)
+    found, problems = overviews(storage)
+    assert (
+        [one.study for one in found] == ["good"] and len(problems) == 1 and "odd/study.json is damaged" in problems[0]
+    )
+
+
+def test_a_place_that_is_not_there_is_told(tmp_path: Path) -> None:
+    for words in (["study", "list"], ["report", "--best"], ["sync", "--all"]):
+        ran = CliRunner().invoke(app, [*words, "--storage", str(tmp_path / "tipo")])
+        assert ran.exit_code == 0 and "tipo, which does not exist" in " ".join(ran.stdout.split())
+
+
 def test_a_study_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     make_study(storage, name="good", k=[4], seeds=[0])

@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 from fake_study import FakeStudy
 from rich.console import Console
+from typer.testing import CliRunner
 
 from ppc.artifacts import Storage, write_json
+from ppc.cli import app
 from ppc.live import REFRESH_S, LiveStatus
 from ppc.report import build_report, duration, markdown, print_report, write_report
 from ppc.report_table import remarks
@@ -113,6 +115,22 @@ def test_a_study_without_results_is_a_table_of_dashes(tmp_path: Path) -> None:
     assert "| prototype_top_k=4 | - | 0 | - | - | - | 2 pending |" in markdown(report)
 
 
+def test_a_place_that_takes_no_report_still_gives_it(
+    fake: FakeStudy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    folder = Path(fake.storage.study("demo").path) / "report"
+    folder.write_text("a file where a folder must be made")
+    for words, endings in (([], ["md", "html"]), (["--format", "csv"], [])):
+        ran = CliRunner().invoke(app, ["report", "demo", "--storage", str(fake.storage.root), *words])
+        assert ran.exit_code == 0 and "prototype_top_k=4" in ran.stdout, (ran.stdout, ran.exception)
+        elsewhere = Path(ran.stderr.rpartition("; the report is in ")[2].strip())
+        assert str(folder) in ran.stderr and elsewhere.parent == tmp_path and (elsewhere / "report.html").is_file()
+        for ending in endings:
+            assert f"report: {elsewhere}/report.{ending}" in ran.stdout
+
+
 def test_no_such_study_names_the_others(fake: FakeStudy) -> None:
     with pytest.raises(ValueError, match="demo"):
         build_report(fake.storage, "dem")
@@ -204,13 +222,15 @@ def test_generated_data_are_called_so_beside_the_figures(fake: FakeStudy) -> Non
 
 
 def test_the_live_table_calls_generated_data_so(fake: FakeStudy, capsys: pytest.CaptureFixture[str]) -> None:
+    said, out, deadline = "", io.StringIO(), time.monotonic() + 30 * REFRESH_S
     with LiveStatus(fake.storage, fake.study, Console(file=io.StringIO())):
-        time.sleep(1.5 * REFRESH_S)
-    assert "result (generated data)" in capsys.readouterr().out
-    out = io.StringIO()
+        while "result (generated data)" not in (said := said + capsys.readouterr().out):
+            assert time.monotonic() < deadline, said
+            time.sleep(0.1)
     with LiveStatus(fake.storage, fake.study, Console(file=out, width=250, force_terminal=True)):
-        time.sleep(1.5 * REFRESH_S)
-    assert "(generated data)" in out.getvalue()
+        while "(generated data)" not in out.getvalue():
+            assert time.monotonic() < deadline, out.getvalue()
+            time.sleep(0.1)
 
 
 def test_csv_says_what_each_figure_is_measured_on(fake: FakeStudy, tmp_path: Path) -> None:

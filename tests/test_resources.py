@@ -39,6 +39,12 @@ def test_a_field_that_makes_another_trial_is_refused(tmp_path: Path, bad: str) -
         change_runtime(study, [], [bad])
 
 
+def test_a_wrong_field_is_told_where_no_trial_is_left_too(tmp_path: Path) -> None:
+    study = make_study(Storage(tmp_path), k=[4], seeds=[0])
+    with pytest.raises(ConfigError, match="did you mean runtime.workers"):
+        change_runtime(study, [], ["runtime.wokers=2"])
+
+
 @pytest.mark.parametrize("bad", ["runtime.wokers=2", "runtime.workers=none"])
 def test_a_wrong_field_or_value_is_told_before_anything_runs(tmp_path: Path, bad: str) -> None:
     storage = Storage(tmp_path)

@@ -213,6 +213,13 @@ def test_a_design_that_cannot_be_meant_is_refused(design: str, text: str) -> Non
     assert len(messages) == 1 and text in messages[0], messages
 
 
+def test_the_name_of_a_variant_is_one_line() -> None:
+    for name in ("a\\nb", "a\\tb", "\\e[1m"):
+        with pytest.raises(ConfigError, match="s.yaml:3: design.variants.0.name: should be one line of text"):
+            study(f'{{kind: list, variants: [{{name: "{name}"}}]}}')
+    assert study("{kind: list, variants: [{name: größer <1> $x$}]}").design.variants[0].name == "größer <1> $x$"
+
+
 def test_seeds_are_distinct_and_belong_to_the_study() -> None:
     design = "{kind: list, variants: [{name: a}]}"
     assert errors(study(design, trial_seeds=[1, 2, 1, 1])) == ["trial_seeds: the seed 1 is there twice"]
