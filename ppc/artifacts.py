@@ -238,8 +238,13 @@ class StageDir:
             "ran": dict(ran or {}), "trial": trial, "finished_ms": now_ms(),
         }  # fmt: skip
         write_json(self.path / "manifest.json", manifest)
-        remove_tree(self.path / "checkpoints")  # with what killed writers left there
+        self.tidy()
         return manifest
+
+    def tidy(self) -> None:
+        """Delete what a finished stage does not need, with what killed writers left there: its checkpoints."""
+        if names_in(self.path / "checkpoints"):
+            remove_tree(self.path / "checkpoints")
 
     def ask_stop(self, why: Mapping[str, Any]) -> None:
         """Ask whoever trains this stage now to end; `why` is what the trial's state will say of it."""

@@ -59,7 +59,7 @@ def run_rows(rows: Sequence[TrialRow], storage: Storage, *, max_concurrent: int)
                     fault = StorageError(*told.recv())
                 if process.exitcode:
                     died = WorkerDiedError(f"the trial's process died (exit code {process.exitcode})")
-                    record_failure(storage.trial(row.key), died)
+                    record_failure(storage.trial(row.key), died, after=row.attempt)
             if fault is None:
                 fill_places()
     finally:  # nothing of this launch works on when it is gone

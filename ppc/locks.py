@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from email.utils import parsedate_to_datetime
 from json import JSONDecodeError, dumps, loads
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,8 +79,9 @@ class Lease:
     """A lock in an object store: an object with its holder's name, renewed every `RENEW_S` by a thread.
 
     Every write is conditional on the version that was read, so of two that want it one gets it. A lease whose object
-    did not change for `STALE_S`, by the clock of who waits, or whose holder was a process of this host that is gone,
-    is taken over. A holder that was cut off for so long may work on beside its successor: both write the same.
+    did not change for `STALE_S`, by the store's clock or by that of who waits, or whose holder was a process of this
+    host that is gone, is taken over. A holder that was cut off for so long may work on beside its successor: both
+    write the same.
     """
 
     def __init__(self, path: UPath) -> None:
@@ -88,6 +90,7 @@ class Lease:
         self._name = str(path)
         self._owner = uuid.uuid4().hex
         self._version = ""  # of the object, when it is ours
+        self._age_s = 0.0
         self._seen: tuple[str, float] = ("", 0.0)  # version of another's object, and since when it is that
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
@@ -112,7 +115,7 @@ class Lease:
         return True
 
     def _get(self) -> tuple[str, dict[str, Any]]:
-        """Version and contents of the object; empty when it is not there."""
+        """Version and contents of the object; empty when it is not there. `_age_s` is its age, by the store's clock."""
         from fsspec.asyn import sync
 
         try:
@@ -124,6 +127,8 @@ class Lease:
             found = loads(body)
         except JSONDecodeError:
             found = None
+        told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        self._age_s = 0.0 if told is None else (parsedate_to_datetime(told) - answer["LastModified"]).total_seconds()
         return str(answer["ETag"]), found if isinstance(found, dict) else {}
 
     def try_acquire(self) -> bool:
@@ -143,7 +148,7 @@ class Lease:
     def _is_stale(self, version: str, holder: dict[str, Any]) -> bool:
         if version != self._seen[0]:
             self._seen = (version, time.monotonic())
-        return is_gone(holder) or time.monotonic() - self._seen[1] >= STALE_S
+        return is_gone(holder) or max(self._age_s, time.monotonic() - self._seen[1]) >= STALE_S
 
     def _renew(self) -> None:
         said = False

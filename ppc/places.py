@@ -20,7 +20,7 @@ from io import BytesIO, StringIO
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol, TypeAlias
 
-from ppc.faults import asking_store, not_written, writing
+from ppc.faults import StorageError, asking_store, not_written, writing
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -30,6 +30,7 @@ else:
     StoragePath = Path
 
 REMOTE_EVERY_S = 5.0  # how often something that changes all the time is written to, or read from, an object store
+REREAD_S = (0.05, 0.2, 1.0)  # seconds before a file that went away while it was read is read again
 HERE = Path(os.environ.get("PPC_HERE", "~/.cache/ppc"))  # for what can be made again, when storage is an object store
 
 
@@ -92,8 +93,18 @@ def read_bytes(path: StoragePath) -> bytes:
 
     Of an object in one request: one that is looked up first and then read may have been written anew in between.
     """
-    with told(path, absent=True):
-        return path.read_bytes() if isinstance(path, Path) else bytes(path.fs.cat_file(path.path))
+    if not isinstance(path, Path):
+        with told(path, absent=True):
+            return bytes(path.fs.cat_file(path.path, max_concurrency=1))
+    for again in (*REREAD_S, None):
+        try:
+            with told(path, absent=True):
+                return path.read_bytes()
+        except StorageError as error:  # over NFS: another host put a new file in its place while it was read
+            if error.errno != errno.ESTALE or again is None:
+                raise
+            time.sleep(again)
+    raise AssertionError
 
 
 def names_in(folder: StoragePath) -> list[str]:
@@ -116,15 +127,19 @@ def size_of(path: StoragePath) -> int | None:
 
 def read_from(path: StoragePath, offset: int) -> bytes:
     """The bytes of a file from an offset on; nothing when the file is not there or ends before it."""
-    size = size_of(path)
-    if size is None or size <= offset:
+    if (size_of(path) or 0) <= offset:
         return b""
-    if isinstance(path, Path):
-        with path.open("rb") as handle:
-            handle.seek(offset)
-            return handle.read()
-    with told(path, absent=True):
-        return bytes(path.fs.cat_file(path.path, start=offset))
+    try:
+        if isinstance(path, Path):
+            with path.open("rb") as handle:
+                handle.seek(offset)
+                return handle.read()
+        with told(path, absent=True):
+            return bytes(path.fs.cat_file(path.path, start=offset))
+    except OSError:
+        if (size_of(path) or 0) <= offset:  # by now
+            return b""
+        raise
 
 
 def remove_tree(folder: StoragePath) -> None:
@@ -217,7 +232,9 @@ class FileAppender:
             raise not_written(errno.ENOSPC, self._path)
 
     def flush(self) -> None:
-        """See `Appender.flush`."""
+        """See `Appender.flush`. What follows outlives a power cut, so these lines must."""
+        with told(self._path):
+            os.fsync(self._handle.fileno())
 
     def close(self) -> None:
         """See `Appender.close`."""

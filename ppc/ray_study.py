@@ -114,7 +114,7 @@ def run_rows(
 
     StorageError when one could not go on because of the storage.
     """
-    trials = {row.key: (row.config, [(s["name"], s["key"]) for s in row.stages]) for row in rows}
+    trials = {row.key: (row.config, [(s["name"], s["key"]) for s in row.stages], row.attempt) for row in rows}
     # No CPU: a driver waits while its tasks work. Ray wants some resource, and a driver belongs on the head.
     resources = {"cpu": 0, "node:__internal_head__": 0.001}
     trainable = tune.with_resources(
@@ -151,7 +151,7 @@ def run_rows(
         if outcome.error is not None and outcome.config is not None:  # its process died again
             key = outcome.config["key"]
             died = WorkerDiedError(f"the trial's own process died twice: {outcome.error}")
-            if (fault := _record(storage, key, died)) is not None:
+            if (fault := _record(storage, key, died, after=trials[key][-1])) is not None:
                 faults.append(fault)
     if faults:  # one full disk is one message, however many trials met it
         raise faults[0]
@@ -161,7 +161,7 @@ def _drive(
     config: dict[str, Any], trials: dict[str, Any], storage: Storage, scratch: StoragePath, metric: str | None
 ) -> None:
     """The trial's driver, in a process of its own. Its raise is in the ledger; Tune is told of the end alone."""
-    data, stages = trials[config["key"]]
+    data, stages, before = trials[config["key"]]
     rt = RayRuntime(scratch) if metric is None else RayRuntime(scratch, lambda p: reporting(p.folder, metric))
     try:
         run_trial(TrialConfig.model_validate(data), config["key"], stages, storage, rt)
@@ -169,15 +169,15 @@ def _drive(
     except TrainingStopped:
         tune.report({"finished": 0})
     except Exception as error:
-        fault = storage_error(error) or _record(storage, config["key"], error)
+        fault = storage_error(error) or _record(storage, config["key"], error, after=before)
         told = {} if fault is None else {"fault": as_data(fault)}
         tune.report({"finished": 0, **told})
 
 
-def _record(storage: Storage, key: str, error: Exception) -> StorageError | None:
+def _record(storage: Storage, key: str, error: Exception, *, after: int) -> StorageError | None:
     """`record_failure`; what of the storage kept it from being recorded."""
     try:
-        record_failure(storage.trial(key), error)
+        record_failure(storage.trial(key), error, after=after)
     except StorageError as fault:
         return fault
     return None

@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from ppc.artifacts import Journal, Progress, StageDir
 from ppc.config import RuntimeConfig
-from ppc.faults import StorageError
 from ppc.optim import poly_lr, set_lr
 from ppc.places import StoragePath, atomic_write, names_in, read_bytes, remove
 from ppc.weights import load_checked
@@ -114,7 +113,9 @@ def fit(job: Job, stage: StageDir, runtime: RuntimeConfig, device: torch.device)
     """
     job.net.to(device).train()
     wait_for_workers()  # the first may have waited for another process of this stage: look at checkpoints after that
-    start = _load_newest(job, stage, device)
+    start = _load_newest(job, stage)
+    if len(starts := set(gather(torch.tensor([start], device=device)).tolist())) > 1:  # their files are not the same
+        raise RuntimeError(f"{stage.path}: the workers would go on from epochs {sorted(starts)}; resume the study")
     journal = Journal(stage / "journal.jsonl") if rank() == 0 else None
     if journal and journal.damaged:
         print(f"{journal.path}: {journal.damaged} damaged lines are passed over", flush=True)
@@ -264,25 +265,27 @@ def checkpoints(stage: StageDir) -> list[StoragePath]:
 def save_checkpoint(job: Job, stage: StageDir, epoch: int) -> None:
     """Write the state after `epoch` epochs; older ones but one are removed only when it is there whole."""
     state = {"key": stage.key, "epoch": epoch, "net": job.net.state_dict(), "optimizer": job.optimizer.state_dict()}
-    with atomic_write(stage / "checkpoints" / f"epoch-{epoch:05d}.pt") as handle:
+    name = f"epoch-{epoch:05d}.pt"
+    with atomic_write(stage / "checkpoints" / name) as handle:
         torch.save(state, handle)
-    for old in checkpoints(stage)[KEEP_CHECKPOINTS:]:
+    there = checkpoints(stage)
+    passed_over = [path for path in there if path.name > name]  # they are damaged, or the training had not begun anew
+    for old in [*passed_over, *there[len(passed_over) + KEEP_CHECKPOINTS :]]:
         remove(old)
 
 
-def _load_newest(job: Job, stage: StageDir, device: torch.device) -> int:
-    """Load the newest checkpoint that is whole; the epoch to go on with. All workers take the same one.
+def _load_newest(job: Job, stage: StageDir) -> int:
+    """Load the newest checkpoint that is whole; the epoch to go on with.
 
-    StorageError, and not an earlier one or a new start, when the store does not give what it has.
+    OSError, and not an earlier one or a new start, when the storage does not give what it has.
     """
     for path in checkpoints(stage):
+        content = read_bytes(path)
         try:
-            state = load_checked(BytesIO(read_bytes(path)), device)
+            state = load_checked(BytesIO(content), torch.device("cpu"))  # a second copy may not fit beside the net
             key, epoch, net, optimizer = (state[name] for name in ("key", "epoch", "net", "optimizer"))
             if not _all_finite(net.values()):
                 raise BadZipFile("it holds weights that are not finite")
-        except StorageError:
-            raise
         except (RuntimeError, EOFError, OSError, KeyError, UnpicklingError, BadZipFile) as error:
             print(f"checkpoint {path} is damaged ({type(error).__name__}); taking the one before", flush=True)
             continue

@@ -101,12 +101,15 @@ def _describe(error: BaseException, state: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def record_failure(trial: TrialDir, error: Exception) -> None:
-    """Record what kept a trial from starting, or ended its process; all else is recorded by `run_trial` itself."""
+def record_failure(trial: TrialDir, error: Exception, *, after: int) -> None:
+    """Record what kept an attempt later than `after` from starting, or ended its process; all else is recorded by
+    `run_trial` itself."""
     state = trial.state()
-    if trial.result() is not None or state.get("state") in (FAILED, KILLED):
+    begun = state.get("attempt", 0) > after
+    if trial.result() is not None or (begun and state.get("state") in (FAILED, KILLED)):
         return
-    state = {"attempt": 0, "host": socket.gethostname(), "stage": None, **state, "state": FAILED, "ended_ms": now_ms()}
+    unbegun = {"attempt": after + 1, "host": socket.gethostname(), "stage": None}
+    state = {**unbegun, **(state if begun else {}), "state": FAILED, "ended_ms": now_ms()}
     write_json(trial.path / "error.json", _describe(error, state))
     write_json(trial.path / "state.json", state)
 
@@ -138,6 +141,8 @@ def run_trial(
             with folder.lock():
                 manifest = folder.manifest()
                 reused = manifest is not None
+                if reused:
+                    folder.tidy()
                 if manifest is None:
                     start = time.monotonic()
                     inputs = {earlier: folders[earlier] for earlier in inputs_of(name, cfg, stages)}

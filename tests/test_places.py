@@ -119,6 +119,41 @@ def test_a_file_that_is_written_anew_all_the_time_can_be_read_at_any_moment(plac
     assert len(seen) >= 40
 
 
+def test_a_file_that_shrinks_or_goes_while_it_is_read_has_no_more_to_give(
+    place: StoragePath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, size = place / "journal.jsonl", places.size_of
+    with atomic_write(path) as handle:
+        handle.write(b"0123456789")
+    for now in (b"01", None):
+        if now is None:
+            path.unlink()
+        else:
+            with atomic_write(path) as handle:
+                handle.write(now)
+        answers = [10]  # of before
+        monkeypatch.setattr(places, "size_of", lambda path, answers=answers: answers.pop() if answers else size(path))
+        assert read_from(path, 5) == b"" and answers == []
+
+
+def test_a_file_that_another_host_replaces_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, read, fails = tmp_path / "state.json", Path.read_bytes, [2]
+    write_json(path, {"n": 1})
+
+    def stale(self: Path) -> bytes:
+        if fails[0]:
+            fails[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self))
+        return read(self)
+
+    monkeypatch.setattr(Path, "read_bytes", stale)
+    monkeypatch.setattr(places, "REREAD_S", (0.01, 0.01))
+    assert read_json(path) == {"n": 1}
+    fails[0] = 3
+    with pytest.raises(OSError, match="Stale file handle; mount it again"):
+        read_json(path)
+
+
 def test_progress_is_there_at_the_end(place: StoragePath) -> None:
     progress = Progress(place / "progress.json", total=3, unit="image")
     for done in range(1, 4):

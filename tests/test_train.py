@@ -17,6 +17,7 @@ import torch
 from tiny_run import ALL_VIEWS, cam_job, cam_payload, curve, layout, scenes_root, tiny_config, weights_of
 from torch import Tensor
 
+import ppc.train
 from ppc.artifacts import StageDir, read_json
 from ppc.config import RuntimeConfig, TrialConfig
 from ppc.data.labels import DataError
@@ -293,6 +294,49 @@ def test_when_all_checkpoints_are_damaged_it_starts_anew(tmp_path: Path, scenes:
     for path in checkpoints(folder):
         path.write_bytes(b"not a checkpoint")
     assert_identical(trained(cfg, folder), unbroken)
+
+
+def test_new_checkpoints_are_kept_beside_later_ones_that_are_damaged(
+    tmp_path: Path, scenes: Path, unbroken: StageDir
+) -> None:
+    cfg, folder = config(scenes, LONG), stage(tmp_path)
+    with pytest.raises(StopError):
+        train_until(cfg, folder, 5)
+    assert [path.name for path in checkpoints(folder)] == ["epoch-00002.pt", "epoch-00001.pt"]
+    for path in checkpoints(folder):
+        path.rename(path.with_name(path.name.replace("0000", "0001"))).write_bytes(b"not a checkpoint")
+    with pytest.raises(StopError):
+        train_until(cfg, folder, 3)
+    assert [path.name for path in checkpoints(folder)] == ["epoch-00001.pt"]
+    assert_identical(trained(cfg, folder), unbroken)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_a_damaged_one(
+    tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, folder = config(scenes, LONG), stage(tmp_path)
+    with pytest.raises(StopError):
+        train_until(cfg, folder, 3)
+    before = {path: path.read_bytes() for path in checkpoints(folder)}
+
+    def refused(path: Path) -> bytes:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(ppc.train, "read_bytes", refused)
+    with pytest.raises(PermissionError):
+        trained(cfg, folder)
+    assert {path: path.read_bytes() for path in checkpoints(folder)} == before
+
+
+def test_workers_that_would_go_on_from_different_checkpoints_are_refused(
+    tmp_path: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg, folder = config(scenes, LONG), stage(tmp_path)
+    with pytest.raises(StopError):
+        train_until(cfg, folder, 5)
+    monkeypatch.setattr(ppc.train, "gather", lambda start: torch.cat([start, start - 1]))  # as two workers would
+    with pytest.raises(RuntimeError, match=r"the workers would go on from epochs \[1, 2\]; resume the study"):
+        trained(cfg, folder)
 
 
 def test_a_checkpoint_of_another_stage_is_refused(tmp_path: Path, scenes: Path) -> None:

@@ -422,6 +422,29 @@ def test_an_interrupt_is_not_a_failure(scenes: Path, storage: Storage, at: int) 
     assert reused(result) == STAGES[: 1 if at == 1 else 2] and trial.error() is None
 
 
+def test_what_keeps_an_attempt_from_starting_is_not_taken_for_the_error_of_the_one_before(storage: Storage) -> None:
+    trial = storage.trial("a")
+    ppc.trial.record_failure(trial, ValueError("first"), after=0)
+    assert (trial.state()["state"], trial.state()["attempt"]) == ("FAILED", 1)
+    ppc.trial.record_failure(trial, RuntimeError("second"), after=1)
+    error = trial.error()
+    assert error is not None and (error["message"], error["attempt"]) == ("second", 2)
+    trial.write_state(attempt=3, stage="train_cam")  # this one began, and told of its error itself
+    ppc.trial.record_failure(trial, RuntimeError("third"), after=2)
+    assert trial.error() == error
+
+
+def test_checkpoints_that_a_killed_process_left_behind_a_finished_stage_go(scenes: Path, storage: Storage) -> None:
+    cfg = tiny_config({"stages": ["train_cam"]}, scenes)
+    run(cfg, storage)
+    plan = plan_of(scenes, storage)
+    assert plan.stages[0] == Planner(storage).plan(cfg).stages[0]
+    left = storage.stage(*plan.stages[0]).path / "checkpoints"
+    left.mkdir()
+    (left / "epoch-00001.pt").write_bytes(b"of no use any more")
+    assert "train_cam" in reused(run_plan(plan, storage)) and not left.exists()
+
+
 # -- the heartbeat
 
 
