@@ -203,7 +203,7 @@ def study_resume(
     notify: NotifyOption = None,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Job server: print the job's log to its end.")] = False,
 ) -> None:
-    """Run the failed and interrupted trials of a study from their last checkpoints, and no other.
+    """Run the trials of a study that have no result, from their last checkpoints.
 
     Exit code 1 when one has no result. With other resources they stay the same trials: --set runtime.workers=2. What
     has changed since the launch is told and refused; with --accept-changes what is left runs as changed.
@@ -333,7 +333,9 @@ def make_scenes_command(
 def check(
     root: Annotated[Path, typer.Argument(help="Folder of the dataset.")],
     name: Annotated[str, typer.Option(help="Its layout: voc, coco or folder.")] = "voc",
-    splits: Annotated[list[str], typer.Option("--split", help="Split to check; repeatable.")] = ["train", "val"],  # noqa: B006
+    splits: Annotated[
+        list[str], typer.Option("--split", help="Split to check; repeatable. Default: train and val, as there are.")
+    ] = [],  # noqa: B006
     labels: Annotated[
         str, typer.Option(help="As data.labels: auto, or of voc cls_labels, xml or masks, of others masks.")
     ] = "auto",
@@ -344,6 +346,7 @@ def check(
     from ppc.data.check import any_mask, check_dataset
 
     dataset = open_dataset("voc" if name == "scenes" else name, root, labels=labels)  # scenes are not to be made here
+    splits = splits or [split for split in ("train", "val") if split in dataset.splits()] or ["train"]
     problems = check_dataset(dataset, splits, with_saliency=saliency)
     for problem in problems:
         console.print(str(problem), **AS_IT_IS)

@@ -200,6 +200,16 @@ def test_the_command_that_checks(tmp_path: Path) -> None:
     assert ran.exit_code == 1 and "tags.csv: line 9: no image `zz`" in ran.output
 
 
+def test_the_check_takes_train_and_val_as_there_are(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "mine")
+    table = (root / "tags.csv").read_text(encoding="utf-8").splitlines()
+    (root / "tags.csv").write_text("\n".join(line.rpartition(",")[0] for line in table) + "\n", encoding="utf-8")
+    ran = CliRunner().invoke(app, ["data", "check", str(root), "--name", "folder"])
+    assert ran.exit_code == 0 and "train 8 images; 0 problem(s)" in " ".join(ran.output.split()), ran.output
+    ran = CliRunner().invoke(app, ["data", "check", str(root), "--name", "folder", "--split", "val"])
+    assert ran.exit_code == 1 and ran.output.count("no split `val`") == 1 and "no images" in ran.output
+
+
 def test_pictures_of_images_with_like_names_have_names_of_their_own() -> None:
     assert image_name("2007_000032") == "2007_000032"
     names = [image_name(name) for name in ("käse 1", "köse 1", "k_se_1")]
@@ -266,6 +276,19 @@ def test_a_study_of_data_without_masks_is_told_what_it_lacks(metric: str, maskle
     told = str(ran.exception)
     assert isinstance(ran.exception, ValueError) and "no mIoU can be measured: the data has no masks of train" in told
     assert "add masks of a few images" in told and "ppc run FILE" in told and "did you mean" not in told
+
+
+def test_masks_of_val_alone_are_enough_for_a_study(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "mine")
+    for path in (root / "masks").iterdir():
+        if path.stem not in VAL:
+            path.unlink()
+    changes = {"seeds.splits": ["train", "val"], "seeds.protocol": "val_subset"}
+    plan = planned(Storage(tmp_path / "s"), root, "folder", **changes)
+    ious = [name for name in plan.metrics if "miou" in name]
+    assert ious == ["seed_miou_val", "mask_miou_val"]
+    metrics = run(Storage(tmp_path / "s"), plan)["metrics"]
+    assert set(ious) <= set(metrics) and not any(name.endswith("miou_train") for name in metrics)
 
 
 def test_one_trial_on_data_without_masks_has_no_best(maskless: tuple[list[str], Path], tmp_path: Path) -> None:
