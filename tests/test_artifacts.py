@@ -365,11 +365,12 @@ def test_a_study_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     with pytest.raises(ValueError, match=r"no study 'x' .*launched studies: none"):
         storage.study("x").definition()
-    write_json(storage.study("table6").path / "study.json", {"name": "table6"})
+    saved = {"name": "table6", "trials": [], "created_ms": 0}
+    write_json(storage.study("table6").path / "study.json", saved)
     (tmp_path / "studies" / "half").mkdir()
     with pytest.raises(ValueError, match="launched studies: table6$"):
         storage.study("half").definition()
-    assert storage.study("table6").definition() == {"name": "table6"}
+    assert storage.study("table6").definition() == saved
 
 
 def test_launches_count_up(tmp_path: Path) -> None:
