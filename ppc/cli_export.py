@@ -117,24 +117,7 @@ def export_submission(
     print(f"{out}: {row.label}, {inside}")
 
 
-def check_submission_command(
-    file: Annotated[Path, typer.Argument(help="Archive for the server.")],
-    data: Annotated[Path, typer.Option("--data", metavar="ROOT", help="Folder in the VOC layout with the split.")],
-    split: Annotated[str, typer.Option(help="Split of the server.")] = "test",
-) -> None:
-    """List what the evaluation server would refuse in an archive. Exit code 1 when anything is."""
-    from ppc.data import open_dataset
-    from ppc.submission import check_submission
-
-    problems = check_submission(file, open_dataset("voc", data), split)
-    for problem in problems:
-        print(problem)
-    print(f"{file}: {len(problems)} problem(s)")
-    raise typer.Exit(1 if problems else 0)
-
-
-def register(app: typer.Typer, data_app: typer.Typer) -> None:
+def register(app: typer.Typer) -> None:
     """Add the commands to the command line."""
     app.command()(figure)
     app.add_typer(export_app, name="export")
-    data_app.command("check-submission")(check_submission_command)

@@ -96,15 +96,16 @@ def read_bytes(path: StoragePath) -> bytes:
     if not isinstance(path, Path):
         with told(path, absent=True):
             return bytes(path.fs.cat_file(path.path, max_concurrency=1))
-    for again in (*REREAD_S, None):
+    for pause_s in REREAD_S:
         try:
-            with told(path, absent=True):
+            with told(path):
                 return path.read_bytes()
         except StorageError as error:  # over NFS: another host put a new file in its place while it was read
-            if error.errno != errno.ESTALE or again is None:
+            if error.errno != errno.ESTALE:
                 raise
-            time.sleep(again)
-    raise AssertionError
+        time.sleep(pause_s)
+    with told(path):
+        return path.read_bytes()
 
 
 def names_in(folder: StoragePath) -> list[str]:
