@@ -187,7 +187,7 @@ def as_today(
         if not accept:
             raise ValueError(changes.refusal(drift, study, code))
         study, keys = changes.accept(planner, study, keys, drift, code=code)
-    if runtime and (changed := change_runtime(study, sorted(keys), runtime)) and keys:  # its names are checked anyway
+    if runtime and (changed := change_runtime(study, sorted(keys), runtime)) and keys:  # it checks their names first
         study = changed
         changes.look(planner, study, keys)  # ValueError for a batch that these workers cannot share
     return study, keys

@@ -269,7 +269,7 @@ def save_checkpoint(job: Job, stage: StageDir, epoch: int) -> None:
     with atomic_write(stage / "checkpoints" / name) as handle:
         torch.save(state, handle)
     there = checkpoints(stage)
-    passed_over = [path for path in there if path.name > name]  # they are damaged, or the training had not begun anew
+    passed_over = [path for path in there if path.name > name]  # of before: damaged, or the training would not be here
     for old in [*passed_over, *there[len(passed_over) + KEEP_CHECKPOINTS :]]:
         remove(old)
 
